@@ -1,0 +1,70 @@
+"""EM-INF and adaptive temperature for one row in float64: slow, and plain enough to check against the paper by eye.
+
+Everything faster in this package is tested against this file. Source: arXiv 2505.15134, section 4 and appendix A.
+"""
+
+import numpy as np
+import numpy.typing as npt
+
+from em_sampler.params import AdaptiveTemperatureParams, EMInfParams
+
+Row = npt.NDArray[np.float64]  # [vocab]
+
+BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8  # Adam as published, as in the released code
+
+
+def softmax(logits: Row) -> Row:
+    """Probabilities of a row of logits [vocab]; -inf has probability 0."""
+    weights = np.exp(logits - logits.max())
+    p: Row = weights / weights.sum()
+    return p
+
+
+def entropy(logits: Row) -> float:
+    """Entropy in nats of softmax(logits), with 0 log 0 = 0."""
+    p = softmax(logits)
+    p = p[p > 0]
+    return float(-(p * np.log(p)).sum())
+
+
+def gradient(logits: Row, p0: Row, kl_weight: float) -> Row:
+    """Gradient of H(p) + kl_weight * KL(p0 || p) with respect to the logits of p."""
+    p = softmax(logits)
+    log_p = np.log(p, where=p > 0, out=np.zeros_like(p))
+    return -p * (log_p + entropy(logits)) + kl_weight * (p - p0)
+
+
+def em_inf(logits: Row, params: EMInfParams) -> tuple[Row, int]:
+    """The row after EM-INF, and the number of steps taken. -inf stays -inf."""
+    z = logits.astype(np.float64)
+    p0 = softmax(z)
+    m, v = np.zeros_like(z), np.zeros_like(z)
+    for step in range(params.steps):
+        if entropy(z) < params.threshold:
+            return z, step
+        g = gradient(z, p0, params.kl_weight)
+        if params.optimizer == "sgd":
+            z = z - params.learning_rate * g
+            continue
+        m = BETA1 * m + (1 - BETA1) * g
+        v = BETA2 * v + (1 - BETA2) * g**2
+        m_hat = m / (1 - BETA1 ** (step + 1))
+        v_hat = v / (1 - BETA2 ** (step + 1))
+        z = z - params.learning_rate * m_hat / (np.sqrt(v_hat) + EPSILON)
+    return z, params.steps
+
+
+def temperature(logits: Row, params: AdaptiveTemperatureParams) -> float:
+    """The largest T in the range with H(softmax(logits / T)) <= max(ratio * H, threshold); 1 where H <= threshold."""
+    z = logits.astype(np.float64)
+    h = entropy(z)
+    low, high = params.min_temperature, params.max_temperature
+    if h <= params.threshold:
+        return 1.0
+    target = max(params.ratio * h, params.threshold)
+    if entropy(z / high) <= target:
+        return high
+    while high / low > 1 + 1e-12:
+        middle = (low * high) ** 0.5
+        low, high = (middle, high) if entropy(z / middle) <= target else (low, middle)
+    return low

@@ -1,0 +1,167 @@
+"""What a request may ask the sampler for: one frozen class per method, validated, with its defaults.
+
+Knows nothing of tensors, vLLM or HTTP. Symbols and defaults: arXiv 2505.15134, section 4 and appendix A.
+"""
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+EXTRA_ARGS_KEY = "em_inf"
+FLAT_PREFIX = "em_inf_"
+
+MAX_THRESHOLD = 20.0  # nats; above the entropy of any vocabulary in use (ln 10^8 = 18.4)
+MAX_STEPS = 64
+MAX_LEARNING_RATE = 10.0
+MAX_KL_WEIGHT = 10.0
+MIN_TEMPERATURE = 1e-3
+MAX_TEMPERATURE = 10.0
+
+Temperature = Annotated[float, Field(ge=MIN_TEMPERATURE, le=MAX_TEMPERATURE, allow_inf_nan=False)]
+
+
+class _Params(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class EMInfParams(_Params):
+    """EM-INF: gradient steps on a token's logits until their entropy falls below `threshold`."""
+
+    method: Literal["em_inf"] = "em_inf"
+    threshold: float = Field(
+        default=0.3, ge=0, le=MAX_THRESHOLD, description="Entropy in nats below which a token is left alone (delta)."
+    )
+    steps: int = Field(default=5, ge=0, le=MAX_STEPS, description="At most this many gradient steps per token.")
+    learning_rate: float = Field(
+        default=0.1, gt=0, le=MAX_LEARNING_RATE, description="Step size, in units of a logit under adam."
+    )
+    kl_weight: float = Field(
+        default=0.001, ge=0, le=MAX_KL_WEIGHT, description="Weight of KL(p0 || p), which holds p to the model."
+    )
+    optimizer: Literal["adam", "sgd"] = Field(
+        default="adam", description="adam: the released code. sgd: plain gradient steps, the paper's text."
+    )
+
+
+class AdaptiveTemperatureParams(_Params):
+    """The paper's baseline: the largest temperature that brings a token's entropy down to a target."""
+
+    method: Literal["adaptive_temperature"] = "adaptive_temperature"
+    ratio: float = Field(
+        default=0.5, ge=0, le=1, description="Target entropy as a share of the token's own, floored at `threshold`."
+    )
+    threshold: float = Field(
+        default=0.1, ge=0, le=MAX_THRESHOLD, description="Entropy in nats at or below which a token is left alone."
+    )
+    min_temperature: Temperature = Field(default=0.01, description="Lower bound of the search.")
+    max_temperature: Temperature = Field(default=1.0, description="Upper bound of the search.")
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "AdaptiveTemperatureParams":
+        if self.min_temperature > self.max_temperature:
+            raise ValueError(
+                f"min_temperature {self.min_temperature:g} is above max_temperature {self.max_temperature:g}"
+            )
+        return self
+
+
+Params = EMInfParams | AdaptiveTemperatureParams
+
+METHODS: dict[str, type[EMInfParams] | type[AdaptiveTemperatureParams]] = {
+    "em_inf": EMInfParams,
+    "adaptive_temperature": AdaptiveTemperatureParams,
+}
+
+
+class ParamsError(ValueError):
+    """A setting that cannot be used. `field` is its dotted path, such as `em_inf.threshold`."""
+
+    def __init__(self, field: str, problem: str) -> None:
+        super().__init__(f"{field}: {problem}")
+        self.field = field
+
+
+def parse(value: object, default: Params | None = None) -> Params | None:
+    """The parameters that `value` asks for, or None for "off".
+
+    Args:
+        value: None or true (the default), false (off), a mapping of settings, or parameters as they are.
+        default: what None and true stand for; true without a default is plain EM-INF.
+
+    Raises:
+        ParamsError: naming the field, the value received and what is allowed.
+    """
+    if value is None:
+        return default
+    if value is True:
+        return default or EMInfParams()
+    if value is False:
+        return None
+    if isinstance(value, EMInfParams | AdaptiveTemperatureParams):
+        return value
+    if not isinstance(value, Mapping):
+        raise ParamsError(EXTRA_ARGS_KEY, f"got {_shown(value)}; must be an object, true or false")
+    return _from_mapping(value)
+
+
+def from_extra_args(extra_args: Mapping[str, Any] | None, default: Params | None = None) -> Params | None:
+    """The parameters in vLLM's `SamplingParams.extra_args`: `em_inf` as an object, or flat `em_inf_<name>` keys.
+
+    Raises:
+        ParamsError: for settings that cannot be used, or both forms at once.
+    """
+    if not extra_args:
+        return default
+    flat = {key.removeprefix(FLAT_PREFIX): value for key, value in extra_args.items() if key.startswith(FLAT_PREFIX)}
+    value = extra_args.get(EXTRA_ARGS_KEY)
+    if isinstance(value, int) and value in (0, 1):
+        value = bool(value)  # vLLM's `vllm_xargs` turns JSON's true and false into 1 and 0
+    if not flat:
+        return parse(value, default)
+    if value not in (None, True):
+        raise ParamsError(EXTRA_ARGS_KEY, f"give either `{EXTRA_ARGS_KEY}` or flat `{FLAT_PREFIX}...` keys, not both")
+    return parse(flat)
+
+
+def _from_mapping(settings: Mapping[str, Any]) -> Params:
+    method = settings.get("method", "em_inf")
+    model = METHODS.get(method) if isinstance(method, str) else None
+    if model is None:
+        allowed = ", ".join(METHODS)
+        raise ParamsError(f"{EXTRA_ARGS_KEY}.method", f"got {_shown(method)}; must be one of {allowed}")
+    try:
+        return model.model_validate(dict(settings))
+    except ValidationError as error:
+        raise _explained(model, error) from None
+
+
+def _explained(model: type[BaseModel], error: ValidationError) -> ParamsError:
+    first = error.errors(include_url=False)[0]
+    if not first["loc"]:  # a rule over several fields
+        return ParamsError(EXTRA_ARGS_KEY, str(first["ctx"]["error"]))
+    name = str(first["loc"][0])
+    field = f"{EXTRA_ARGS_KEY}.{name[:40]}"
+    if name not in model.model_fields:
+        return ParamsError(field, f"unknown field; known fields are {', '.join(model.model_fields)}")
+    return ParamsError(field, f"got {_shown(first['input'])}; must be {allowed_values(model, name)}")
+
+
+def allowed_values(model: type[BaseModel], name: str) -> str:
+    """What the field `name` may hold, in words: `a number from 0 up to 20`."""
+    schema = model.model_json_schema()["properties"][name]
+    if "enum" in schema:
+        return "one of " + ", ".join(schema["enum"])
+    kind = "an integer" if schema["type"] == "integer" else "a number"
+    low = f"above {schema['exclusiveMinimum']:g}," if "exclusiveMinimum" in schema else f"from {schema['minimum']:g}"
+    return f"{kind} {low} up to {schema['maximum']:g}"
+
+
+def _shown(value: object, limit: int = 60) -> str:
+    """The value as the client wrote it, short enough for an error message."""
+    if isinstance(value, Mapping | list | tuple):
+        return f"{'an object' if isinstance(value, Mapping) else 'a list'} of {len(value)} items"
+    if isinstance(value, int) and value.bit_length() > 200:
+        return "a huge integer"
+    text = repr(value[: limit + 1] if isinstance(value, str) else value)
+    return text if len(text) <= limit else text[:limit] + "..."

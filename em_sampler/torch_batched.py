@@ -1,0 +1,230 @@
+"""The transform for a batch: rows x vocabulary in torch, on any device, each row with its own method and parameters.
+
+Knows nothing of requests or vLLM. Closed-form gradients; no autograd, no loop over rows, nothing kept between calls.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from em_sampler.oracle import BETA1, BETA2, EPSILON
+from em_sampler.params import AdaptiveTemperatureParams, EMInfParams, Params
+
+# A batch is done in chunks of rows that fit a workspace of BUFFERS x this many float32: small enough for a CPU's outer
+# cache, large enough to fill a GPU.
+BUFFERS = 7
+CHUNK_ELEMENTS = {"cpu": 2**21, "cuda": 2**23}
+
+# A logit this far below its row's maximum has probability 0 in float32 at every temperature allowed: exp(-1e6 / 10).
+# Standing in for -inf, it keeps 0 * -inf out of the sums.
+FLOOR = -1e6
+
+TEMPERATURE_TOLERANCE = 1e-3  # relative width of the bracket that bisection leaves; Newton steps refine it further
+NEWTON_STEPS = 2
+
+NO_METHOD, EM_INF, ADAPTIVE = 0.0, 1.0, 2.0
+COLUMNS = ("method", "threshold", "steps", "learning_rate", "kl_weight", "adam", "ratio", "min_t", "max_t")
+
+
+class Transformed(NamedTuple):
+    """What a transform returns.
+
+    An entropy is NaN where it was not measured: the row had no method, or it was passed through because it held NaN or
+    +inf (or nothing but -inf).
+    """
+
+    logits: Tensor  # [rows, vocab] float32, the tensor that was passed in
+    entropy_before: Tensor  # [rows] float32, nats
+    entropy_after: Tensor  # [rows] float32, nats
+    steps: Tensor  # [rows] int32: gradient steps taken; 1 for a row that adaptive temperature scaled
+
+
+@dataclass(frozen=True)
+class RowParams:
+    """The parameters of every row of a batch. A bound is None where no row needs that method."""
+
+    values: Tensor  # [rows, len(COLUMNS)] float32, on the device of the logits
+    max_steps: int | None  # bounds are known on the host, so that no loop has to ask the device
+    halvings: int | None
+
+    @classmethod
+    def of(cls, params: Sequence[Params | None], device: torch.device | str = "cpu") -> "RowParams":
+        """One row for each entry of `params`; None leaves its row alone."""
+        values = torch.tensor([encode(p) for p in params], dtype=torch.float32).reshape(-1, len(COLUMNS))
+        return cls(values.to(device, non_blocking=True), *host_bounds(params))
+
+    def take(self, rows: Tensor) -> "RowParams":
+        """The parameters of `rows` (int64 [n])."""
+        return RowParams(self.values.index_select(0, rows), self.max_steps, self.halvings)
+
+    def __getitem__(self, name: str) -> Tensor:  # [rows, 1]
+        index = COLUMNS.index(name)
+        return self.values[:, index : index + 1]
+
+
+def encode(params: Params | None) -> list[float]:
+    """One row of `RowParams.values`."""
+    if params is None:
+        return [NO_METHOD] + [0.0] * (len(COLUMNS) - 1)
+    if isinstance(params, EMInfParams):
+        adam = float(params.optimizer == "adam")
+        return [EM_INF, params.threshold, params.steps, params.learning_rate, params.kl_weight, adam, 0.0, 0.0, 0.0]
+    temperatures = [params.min_temperature, params.max_temperature]
+    return [ADAPTIVE, params.threshold, 1.0, 0.0, 0.0, 0.0, params.ratio, *temperatures]
+
+
+def host_bounds(params: Sequence[Params | None]) -> tuple[int | None, int | None]:
+    """(max_steps, halvings) that serve every one of `params`."""
+    steps = [p.steps for p in params if isinstance(p, EMInfParams)]
+    ranges = [p.max_temperature / p.min_temperature for p in params if isinstance(p, AdaptiveTemperatureParams)]
+    halvings = [math.ceil(math.log2(max(math.log(r) / TEMPERATURE_TOLERANCE, 1.0))) for r in ranges]
+    return max(steps, default=None), max(halvings, default=None)
+
+
+def transform(logits: Tensor, params: Sequence[Params | None]) -> Transformed:
+    """Apply each row's method to `logits`, in place.
+
+    Args:
+        logits: [rows, vocab] float32, on any device. -inf (a forbidden token) stays -inf.
+        params: one entry per row; None leaves its row untouched.
+
+    Raises:
+        ValueError: where shape, dtype or the number of parameters do not fit.
+
+    Source: arXiv 2505.15134, section 4 and appendix A; `em_sampler.oracle` is the reference.
+    """
+    if logits.dim() != 2 or logits.dtype != torch.float32:
+        raise ValueError(f"logits must be [rows, vocab] float32, got {list(logits.shape)} {logits.dtype}")
+    if len(params) != logits.shape[0]:
+        raise ValueError(f"one entry of params per row: got {len(params)} for {logits.shape[0]} rows")
+    engine = BatchedTransform(logits.shape[1], logits.device, max_rows=logits.shape[0])
+    return engine(logits, RowParams.of(params, logits.device))
+
+
+class BatchedTransform:
+    """`transform` with a workspace allocated once, for an engine that calls it at every step."""
+
+    def __init__(self, vocab_size: int, device: torch.device, max_rows: int) -> None:
+        self.chunk_rows = max(1, min(max_rows, CHUNK_ELEMENTS.get(device.type, 2**23) // max(vocab_size, 1)))
+        self.buffers = torch.empty(BUFFERS, self.chunk_rows, vocab_size, device=device)
+        # On the CPU, rows with nothing to do are left out. Elsewhere that would wait for the device: they are masked.
+        self.compact = device.type == "cpu"
+
+    @torch.no_grad()
+    def __call__(self, logits: Tensor, params: RowParams) -> Transformed:
+        """Transform `logits` [rows, vocab] float32 in place, row i by row i of `params`."""
+        method, threshold = params["method"].squeeze(1), params["threshold"].squeeze(1)
+        before = self._entropies(logits, method != NO_METHOD)
+        after = before.clone()
+        steps = torch.zeros(len(before), dtype=torch.int32, device=logits.device)
+        if params.max_steps:
+            active = (method == EM_INF) & (before >= threshold)
+            for rows in self._chunks(active):
+                after[rows], steps[rows] = self._descend(logits, rows, active[rows], params.take(rows))
+        if params.halvings is not None:
+            active = (method == ADAPTIVE) & (before > threshold)
+            for rows in self._chunks(active):
+                after[rows] = self._cool(logits, rows, active[rows], params.take(rows), before[rows])
+            steps += active
+        return Transformed(logits, before, after, steps)
+
+    def _chunks(self, wanted: Tensor) -> tuple[Tensor, ...]:
+        """Row numbers (int64) in chunks that fit the workspace: those wanted, or all where asking would wait."""
+        rows = wanted.nonzero().squeeze(1) if self.compact else torch.arange(len(wanted), device=wanted.device)
+        return torch.split(rows, self.chunk_rows) if len(rows) else ()
+
+    def _entropies(self, logits: Tensor, wanted: Tensor) -> Tensor:  # [rows]
+        entropies = torch.full((len(wanted),), math.nan, device=logits.device)
+        for rows in self._chunks(wanted):
+            z, c, p, pc = self.buffers[:4, : len(rows)]
+            torch.index_select(logits, 0, rows, out=z)
+            h = softmax_entropy(_below_peak(z, out=c), p, pc).squeeze(1)
+            entropies[rows] = torch.where(wanted[rows], h, math.nan)
+        return entropies
+
+    def _descend(self, logits: Tensor, rows: Tensor, active: Tensor, params: RowParams) -> tuple[Tensor, Tensor]:
+        """EM-INF on `rows`; returns their entropies and steps, each [n].
+
+        With c = z - E_p[z], log p + H is c, so the gradient needs no logarithm and is exactly 0 on a uniform row,
+        where rounding noise divided by itself would make Adam step at random.
+        """
+        assert params.max_steps is not None
+        z, c, p, g, p0, m, v = self.buffers[:, : len(rows)]
+        torch.index_select(logits, 0, rows, out=z)
+        adam, rate = params["adam"], params["learning_rate"]
+        beta1 = BETA1 * adam  # sgd is Adam without momentum whose denominator is 1
+        floor = torch.where(adam > 0, EPSILON, 1.0)
+        m.zero_()
+        v.zero_()
+        active = active.unsqueeze(1)
+        taken = torch.zeros_like(active, dtype=torch.int32)
+        for step in range(1, params.max_steps + 2):
+            h = softmax_entropy(_below_peak(z, out=c), p, g)
+            active = active & (h >= params["threshold"]) & (step <= params["steps"])
+            if step > params.max_steps or (self.compact and not active.any()):
+                break
+            taken += active
+            if step == 1:
+                p0.copy_(p)
+            c.sub_(g.sum(1, keepdim=True))
+            torch.sub(p, p0, out=g).mul_(params["kl_weight"]).sub_(c.mul_(p))
+            m.mul_(beta1).addcmul_(g, 1 - beta1)
+            v.mul_(BETA2).addcmul_(g, g, value=1 - BETA2)
+            torch.sqrt(v, out=c).mul_(adam / math.sqrt(1 - BETA2**step)).add_(floor)
+            scale = torch.where(active, rate / (1 - beta1**step), 0.0)
+            z.sub_(torch.div(m, c, out=c).mul_(scale))
+        _write_back(logits, rows, z, taken > 0, spare=c)
+        return h.squeeze(1), taken.squeeze(1)
+
+    def _cool(self, logits: Tensor, rows: Tensor, active: Tensor, params: RowParams, before: Tensor) -> Tensor:
+        """Adaptive temperature on `rows`; returns their entropies, [n].
+
+        H(softmax(z / T)) rises with T. Bisection on log T is sure to end inside the tolerance; Newton's steps, with
+        dH / d log T = Var_p[z / T], take the result to float32's accuracy where the curve is smooth.
+        """
+        assert params.halvings is not None
+        z, base, c, p, pc = self.buffers[:5, : len(rows)]
+        torch.index_select(logits, 0, rows, out=z)
+        _below_peak(z, out=base)
+        target = torch.maximum(params["ratio"] * before.unsqueeze(1), params["threshold"])
+        low, high = params["min_t"].log(), params["max_t"].log()
+
+        def entropy_at(log_t: Tensor) -> Tensor:  # [n, 1]
+            return softmax_entropy(torch.mul(base, (-log_t).exp(), out=c), p, pc)
+
+        hottest = entropy_at(high) <= target
+        for _ in range(params.halvings):
+            middle = (low + high) / 2
+            cold = entropy_at(middle) <= target
+            low, high = torch.where(cold, middle, low), torch.where(cold, high, middle)
+        log_t = low
+        for _ in range(NEWTON_STEPS):
+            excess = entropy_at(log_t) - target
+            variance = pc.mul_(c).sum(1, keepdim=True) - (p * c).sum(1, keepdim=True) ** 2
+            log_t = torch.minimum(torch.maximum(log_t - excess / variance.clamp_min(1e-30), low), high)
+        log_t = torch.where(hottest, params["max_t"].log(), log_t)
+        h = entropy_at(log_t)
+        _write_back(logits, rows, z.div_(log_t.exp()), active.unsqueeze(1), spare=c)
+        return torch.where(active, h.squeeze(1), before)
+
+
+def _below_peak(z: Tensor, out: Tensor) -> Tensor:
+    """z minus its row's maximum, at least FLOOR. NaN throughout where a row holds NaN; NaN somewhere for +inf."""
+    return torch.sub(z, z.amax(1, keepdim=True), out=out).clamp_(min=FLOOR)
+
+
+def softmax_entropy(c: Tensor, p: Tensor, pc: Tensor) -> Tensor:
+    """Entropy [rows, 1] in nats of softmax(c), with c at most 0 [rows, vocab]; fills p = softmax(c) and pc = p * c."""
+    total = torch.exp(c, out=p).sum(1, keepdim=True)
+    p.div_(total)
+    return total.log() - torch.mul(p, c, out=pc).sum(1, keepdim=True)
+
+
+def _write_back(logits: Tensor, rows: Tensor, z: Tensor, changed: Tensor, spare: Tensor) -> None:
+    """Rows of z into logits where `changed` ([n, 1]); the others keep every bit."""
+    torch.index_select(logits, 0, rows, out=spare)
+    logits.index_copy_(0, rows, torch.where(changed, z, spare, out=spare))
