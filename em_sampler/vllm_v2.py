@@ -18,7 +18,7 @@ from em_sampler.plugin import requested
 from em_sampler.torch_batched import BatchedTransform, RowParams, host_bounds
 
 
-class V2Processor(LogitsProcessor):  # type: ignore[misc]  # vLLM's classes are untyped to mypy
+class V2Processor(LogitsProcessor):
     """Applies each request's method to its rows: one, or one per draft token under speculative decoding.
 
     Slots are recycled without notice, so `add_request` overwrites everything that is known of a slot.

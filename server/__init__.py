@@ -1,0 +1,1 @@
+"""The OpenAI-compatible face: stock vLLM's server with `em_inf` on its requests."""

@@ -1,0 +1,91 @@
+"""`em-serve`: vLLM's `serve` command with every flag it has, the demo model where none is named, and our own flags."""
+
+import argparse
+import json
+import os
+import sys
+from importlib import metadata
+
+import demo
+from em_sampler.params import MAX_STEPS, Params, ParamsError, capped, parse
+from em_sampler.plugin import check_vllm_version
+
+# The plugin groups that VLLM_PLUGINS filters, besides the endpoint plugins: vllm/plugins/__init__.py.
+FILTERED_GROUPS = ("general", "platform", "io_processor", "stat_logger")
+# A small model on any machine: no compilation at start-up. Flags given by the user come later and win.
+DEMO_FLAGS = ("--served-model-name", "demo", "--enforce-eager")
+
+
+def main() -> None:
+    """Entry point of `em-serve`."""
+    try:
+        check_vllm_version()
+        _refuse_what_bypasses_the_plugin()
+    except RuntimeError as error:
+        sys.exit(f"em-serve: {error}")
+    os.environ["VLLM_PLUGINS"] = ",".join(_plugins_to_load())
+    os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
+    serve(sys.argv[1:])
+
+
+def serve(argv: list[str]) -> None:
+    """Parse `argv` and run the server until it is told to stop."""
+    from vllm.entrypoints.cli.serve import ServeSubcommand
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    command = ServeSubcommand()
+    parser = FlexibleArgumentParser(prog="em-serve", description=__doc__)  # type: ignore[no-untyped-call]
+    serve_parser = command.subparser_init(parser.add_subparsers(required=True, dest="subparser"))
+    _add_flags(serve_parser)
+    args = parser.parse_args(["serve", *argv])
+    if args.model_tag is None and args.model == serve_parser.get_default("model"):
+        args = parser.parse_args(["serve", str(demo.MODEL_PATH), *DEMO_FLAGS, *argv])
+    args.em_inf_default = _default(serve_parser, args)
+    command.validate(args)
+    command.cmd(args)
+
+
+def _add_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("em_inf", "Entropy minimisation inside the sampler.")
+    group.add_argument(
+        "--em-inf-default",
+        metavar="JSON",
+        help="Settings for requests that say nothing, such as '{\"threshold\": 0.3}' or true. Default: none.",
+    )
+    group.add_argument(
+        "--em-inf-max-steps",
+        type=int,
+        default=MAX_STEPS,
+        choices=range(MAX_STEPS + 1),
+        metavar="N",
+        help=f"Most gradient steps per token that a request may ask for, 0 to {MAX_STEPS}. Default: {MAX_STEPS}.",
+    )
+
+
+def _default(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Params | None:
+    try:
+        value = None if args.em_inf_default is None else json.loads(args.em_inf_default)
+        return capped(parse(value), args.em_inf_max_steps)
+    except (ParamsError, json.JSONDecodeError) as error:
+        parser.error(f"argument --em-inf-default: {error}")
+
+
+def _refuse_what_bypasses_the_plugin() -> None:
+    if os.environ.get("VLLM_USE_RUST_FRONTEND", "0").lower() not in ("", "0", "false"):
+        raise RuntimeError("VLLM_USE_RUST_FRONTEND answers requests without this server's routes: unset it")
+    if any("em_sampler.plugin" in argument for argument in sys.argv):
+        raise RuntimeError("the sampler plugin is loaded by its entry point: drop it from --logits-processors")
+
+
+def _plugins_to_load() -> list[str]:
+    """VLLM_PLUGINS for this server. vLLM serves an endpoint plugin only if it is named there, and once the variable is
+    set it filters the other plugin groups too: so those are all named, unless the user has chosen."""
+    chosen = os.environ.get("VLLM_PLUGINS")
+    if chosen is not None:
+        return [*filter(None, chosen.split(",")), "em_inf"]
+    groups = [metadata.entry_points(group=f"vllm.{group}_plugins") for group in FILTERED_GROUPS]
+    return sorted({entry_point.name for group in groups for entry_point in group} | {"em_inf"})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,119 @@
+"""Routes and state: what vLLM's server calls, by the entry point `vllm.endpoint_plugins`, to become ours.
+
+Core routes are rebuilt around vLLM's own handlers, never copied. Contract: vllm/plugins/endpoint_plugins/interface.py.
+"""
+
+import functools
+import inspect
+from argparse import Namespace
+from collections.abc import Callable, Sequence
+from importlib import metadata
+from typing import Any, get_type_hints
+
+from fastapi import Depends, FastAPI, Request
+from fastapi.routing import APIRoute
+from vllm.engine.protocol import EngineClient
+from vllm.exceptions import VLLMValidationError
+
+from em_sampler.params import EXTRA_ARGS_KEY, MAX_STEPS, ParamsError
+from em_sampler.plugin import EMInfLogitsProcessor, installed_vllm
+from server.protocol import Settings, apply_em_inf, with_em_inf
+
+SAMPLING_ROUTES = ("/v1/chat/completions", "/v1/completions", "/v1/responses")
+
+
+class EMInfEndpoints:
+    """The endpoint plugin: `em_inf` on the sampling routes, a clear refusal on the others, and `GET /v1/em_inf`."""
+
+    name = "em_inf"
+    required_tasks = None  # pooling models too: their requests are told that em_inf cannot work
+
+    def attach_router(self, app: FastAPI) -> None:
+        """Rebuild the POST routes in place (before vLLM 0.32 an appended route would never match)."""
+        for position, route in enumerate(app.router.routes):
+            if not isinstance(route, APIRoute) or "POST" not in route.methods:
+                continue
+            if route.path in SAMPLING_ROUTES:
+                app.router.routes[position] = _rebuilt(route, endpoint=_accepting_em_inf(route.endpoint))
+            else:
+                app.router.routes[position] = _rebuilt(route, dependencies=[Depends(refuse_em_inf)])
+        app.get("/v1/em_inf")(describe)
+
+    async def init_state(self, engine_client: EngineClient | None, state: Any, args: Namespace) -> None:
+        """Keep the operator's choices where the routes find them."""
+        state.em_inf = Settings(
+            default=getattr(args, "em_inf_default", None),
+            max_steps=getattr(args, "em_inf_max_steps", MAX_STEPS),
+            unavailable=_unavailable(engine_client),
+            versions={"em-inf-server": metadata.version("em-inf-server"), "vllm": installed_vllm()},
+        )
+        EMInfLogitsProcessor.max_steps = state.em_inf.max_steps
+
+
+async def describe(raw_request: Request) -> dict[str, Any]:
+    """What this server supports: methods with their fields, defaults and limits, and versions."""
+    settings: Settings = raw_request.app.state.em_inf
+    return settings.describe()
+
+
+async def refuse_em_inf(raw_request: Request) -> None:
+    """400 for `em_inf` where it would be ignored in silence.
+
+    Raises:
+        VLLMValidationError: where the body has an `em_inf` field.
+    """
+    if not raw_request.headers.get("content-type", "").startswith("application/json"):
+        return
+    try:
+        body = await raw_request.json()
+    except (ValueError, RecursionError):
+        return  # the route itself says what is wrong with it
+    if isinstance(body, dict) and body.get(EXTRA_ARGS_KEY):
+        settings: Settings = raw_request.app.state.em_inf
+        reason = settings.unavailable or f"use one of {', '.join(SAMPLING_ROUTES)}"
+        message = f"em_inf is not supported on {raw_request.url.path}: {reason}"
+        raise VLLMValidationError(message, parameter=f"body.{EXTRA_ARGS_KEY}")
+
+
+def _unavailable(engine_client: EngineClient | None) -> str | None:
+    if engine_client is None:
+        return "this server has no engine"
+    config = engine_client.vllm_config
+    if config.model_config.runner_type == "pooling":
+        return "a pooling model samples no tokens"
+    if config.speculative_config is not None and not config.use_v2_model_runner:
+        return "vLLM's V1 runner drops it under speculative decoding; use the V2 runner or serve without speculation"
+    return None
+
+
+def _accepting_em_inf(endpoint: Callable[..., Any]) -> Callable[..., Any]:
+    """vLLM's handler `(request, raw_request)` with our field on its request model."""
+    model = with_em_inf(get_type_hints(endpoint)["request"])
+
+    @functools.wraps(endpoint)
+    async def handler(request: Any, raw_request: Request) -> Any:
+        try:
+            apply_em_inf(request, raw_request.app.state.em_inf)
+        except ParamsError as error:
+            raise VLLMValidationError(str(error), parameter=error.field) from None
+        return await endpoint(request, raw_request)
+
+    parameters = inspect.signature(endpoint).parameters
+    typed = [parameters["request"].replace(annotation=model), parameters["raw_request"].replace(annotation=Request)]
+    handler.__signature__ = inspect.Signature(typed)  # type: ignore[attr-defined]
+    return handler
+
+
+def _rebuilt(route: APIRoute, endpoint: Callable[..., Any] | None = None, dependencies: Sequence[Any] = ()) -> APIRoute:
+    return APIRoute(
+        route.path,
+        endpoint or route.endpoint,
+        methods=list(route.methods),
+        name=route.name,
+        tags=route.tags,
+        responses=route.responses,
+        status_code=route.status_code,
+        response_model=route.response_model,
+        include_in_schema=route.include_in_schema,
+        dependencies=[*route.dependencies, *dependencies],
+    )

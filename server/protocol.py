@@ -1,0 +1,98 @@
+"""The `em_inf` field on vLLM's request models, and what a request makes of it. Contract: docs/http.md.
+
+Knows request fields and settings; routes are in plugin.py.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from pydantic import BaseModel, Field, SkipValidation, create_model
+
+from em_sampler.params import (
+    EXTRA_ARGS_KEY,
+    FLAT_PREFIX,
+    MAX_STEPS,
+    METHODS,
+    AdaptiveTemperatureParams,
+    EMInfParams,
+    Params,
+    ParamsError,
+    capped,
+    from_extra_args,
+    parse,
+)
+
+# Validated by `parse`, whose errors name the field, the value and the range; the type is there for OpenAPI.
+EMInfField = SkipValidation[EMInfParams | AdaptiveTemperatureParams | bool | None]
+DESCRIPTION = (
+    "Entropy minimisation for this request: settings, true for the server's default, false for none. "
+    "`GET /v1/em_inf` tells what this server supports."
+)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the operator chose, and what this engine can do."""
+
+    default: Params | None = None  # for requests that say nothing
+    max_steps: int = MAX_STEPS
+    unavailable: str | None = None  # why no request can use em_inf here
+    versions: Mapping[str, str] = field(default_factory=dict)
+
+    def describe(self) -> dict[str, Any]:
+        """The answer to `GET /v1/em_inf`."""
+        methods = {name: model.model_json_schema()["properties"] for name, model in METHODS.items()}
+        methods["em_inf"]["steps"]["maximum"] = self.max_steps
+        methods["em_inf"]["steps"]["default"] = min(methods["em_inf"]["steps"]["default"], self.max_steps)
+        return {
+            "object": "em_inf",
+            "available": self.unavailable is None,
+            "unavailable_because": self.unavailable,
+            "methods": methods,
+            "default": self.default and self.default.model_dump(),
+            "versions": dict(self.versions),
+        }
+
+
+def with_em_inf(model: type[BaseModel]) -> type[BaseModel]:
+    """vLLM's request model with the `em_inf` field added."""
+    return create_model(
+        f"EMInf{model.__name__}", __base__=model, em_inf=(EMInfField, Field(default=None, description=DESCRIPTION))
+    )
+
+
+def apply_em_inf(request: Any, settings: Settings) -> None:
+    """Resolve the request's `em_inf` and leave it in `vllm_xargs`, which vLLM hands on to the sampler's extra_args.
+
+    Raises:
+        ParamsError: for settings that are wrong or cannot work with this request.
+    """
+    xargs = dict(request.vllm_xargs or {})
+    flat = {key: xargs.pop(key) for key in list(xargs) if key == EXTRA_ARGS_KEY or key.startswith(FLAT_PREFIX)}
+    params = _resolve(request.em_inf, flat, settings)
+    if params and (conflict := settings.unavailable or _conflict(request)):
+        if request.em_inf or flat:
+            raise ParamsError(f"body.{EXTRA_ARGS_KEY}", conflict)
+        params = None  # only the operator's default, which gives way
+    if params:
+        xargs[EXTRA_ARGS_KEY] = params.model_dump()
+    request.vllm_xargs = xargs or None
+
+
+def _resolve(value: object, flat: Mapping[str, Any], settings: Settings) -> Params | None:
+    origin = "body" if value is not None else "body.vllm_xargs"
+    try:
+        if value is not None and flat:
+            raise ParamsError(EXTRA_ARGS_KEY, f"give either `{EXTRA_ARGS_KEY}` or its form in vllm_xargs, not both")
+        default = settings.default
+        params = from_extra_args(flat, default) if value is None else parse(value, default)
+        return capped(params, settings.max_steps)
+    except ParamsError as error:
+        raise ParamsError(f"{origin}.{error.field}", error.problem) from None
+
+
+def _conflict(request: Any) -> str | None:
+    if getattr(request, "use_beam_search", False):
+        return "cannot be combined with use_beam_search: beam search does not sample its tokens"
+    return None
