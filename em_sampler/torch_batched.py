@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from em_sampler.oracle import BETA1, BETA2, EPSILON
-from em_sampler.params import AdaptiveTemperatureParams, EMInfParams, Params
+from em_sampler.params import MAX_TEMPERATURE, MIN_TEMPERATURE, AdaptiveTemperatureParams, EMInfParams, Params
 
 # A batch is done in chunks of rows that fit a workspace of BUFFERS x this many float32: small enough for a CPU's outer
 # cache, large enough to fill a GPU.
@@ -23,7 +23,9 @@ CHUNK_ELEMENTS = {"cpu": 2**21, "cuda": 2**23}
 # Standing in for -inf, it keeps 0 * -inf out of the sums.
 FLOOR = -1e6
 
-TEMPERATURE_TOLERANCE = 1e-3  # relative width of the bracket that bisection leaves; Newton steps refine it further
+# Enough for the widest range of temperatures to shrink to 1e-3 relative; Newton's steps refine the result further. The
+# same number for every row, whatever its range: a row's result must not depend on its neighbours'.
+HALVINGS = math.ceil(math.log2(math.log(MAX_TEMPERATURE / MIN_TEMPERATURE) / 1e-3))
 NEWTON_STEPS = 2
 
 NO_METHOD, EM_INF, ADAPTIVE = 0.0, 1.0, 2.0
@@ -45,21 +47,23 @@ class Transformed(NamedTuple):
 
 @dataclass(frozen=True)
 class RowParams:
-    """The parameters of every row of a batch. A bound is None where no row needs that method."""
+    """The parameters of every row of a batch."""
 
     values: Tensor  # [rows, len(COLUMNS)] float32, on the device of the logits
-    max_steps: int | None  # bounds are known on the host, so that no loop has to ask the device
-    halvings: int | None
+    max_steps: int | None  # over all rows, known on the host so that no loop has to ask the device; None: no EM-INF
+    any_adaptive: bool
 
     @classmethod
     def of(cls, params: Sequence[Params | None], device: torch.device | str = "cpu") -> "RowParams":
         """One row for each entry of `params`; None leaves its row alone."""
         values = torch.tensor([encode(p) for p in params], dtype=torch.float32).reshape(-1, len(COLUMNS))
+        if torch.device(device).type == "cuda":
+            values = values.pin_memory()  # without it, the copy would wait for the device
         return cls(values.to(device, non_blocking=True), *host_bounds(params))
 
     def take(self, rows: Tensor) -> "RowParams":
         """The parameters of `rows` (int64 [n])."""
-        return RowParams(self.values.index_select(0, rows), self.max_steps, self.halvings)
+        return RowParams(self.values.index_select(0, rows), self.max_steps, self.any_adaptive)
 
     def __getitem__(self, name: str) -> Tensor:  # [rows, 1]
         index = COLUMNS.index(name)
@@ -77,12 +81,10 @@ def encode(params: Params | None) -> list[float]:
     return [ADAPTIVE, params.threshold, 1.0, 0.0, 0.0, 0.0, params.ratio, *temperatures]
 
 
-def host_bounds(params: Sequence[Params | None]) -> tuple[int | None, int | None]:
-    """(max_steps, halvings) that serve every one of `params`."""
+def host_bounds(params: Sequence[Params | None]) -> tuple[int | None, bool]:
+    """(max_steps, any_adaptive) over all of `params`."""
     steps = [p.steps for p in params if isinstance(p, EMInfParams)]
-    ranges = [p.max_temperature / p.min_temperature for p in params if isinstance(p, AdaptiveTemperatureParams)]
-    halvings = [math.ceil(math.log2(max(math.log(r) / TEMPERATURE_TOLERANCE, 1.0))) for r in ranges]
-    return max(steps, default=None), max(halvings, default=None)
+    return max(steps, default=None), any(isinstance(p, AdaptiveTemperatureParams) for p in params)
 
 
 def transform(logits: Tensor, params: Sequence[Params | None]) -> Transformed:
@@ -113,22 +115,26 @@ class BatchedTransform:
         self.buffers = torch.empty(BUFFERS, self.chunk_rows, vocab_size, device=device)
         # On the CPU, rows with nothing to do are left out. Elsewhere that would wait for the device: they are masked.
         self.compact = device.type == "cpu"
+        self.passed_through = torch.zeros((), dtype=torch.int64, device=device)  # rows left alone for NaN or +inf
 
     @torch.no_grad()
     def __call__(self, logits: Tensor, params: RowParams) -> Transformed:
         """Transform `logits` [rows, vocab] float32 in place, row i by row i of `params`."""
         method, threshold = params["method"].squeeze(1), params["threshold"].squeeze(1)
         before = self._entropies(logits, method != NO_METHOD)
+        self.passed_through += ((method != NO_METHOD) & before.isnan()).sum()
         after = before.clone()
         steps = torch.zeros(len(before), dtype=torch.int32, device=logits.device)
         if params.max_steps:
             active = (method == EM_INF) & (before >= threshold)
             for rows in self._chunks(active):
-                after[rows], steps[rows] = self._descend(logits, rows, active[rows], params.take(rows))
-        if params.halvings is not None:
+                h, steps[rows] = self._descend(logits, rows, active[rows], params.take(rows))
+                after[rows] = torch.where(active[rows], h, after[rows])
+        if params.any_adaptive:
             active = (method == ADAPTIVE) & (before > threshold)
             for rows in self._chunks(active):
-                after[rows] = self._cool(logits, rows, active[rows], params.take(rows), before[rows])
+                h = self._cool(logits, rows, active[rows], params.take(rows), before[rows])
+                after[rows] = torch.where(active[rows], h, after[rows])
             steps += active
         return Transformed(logits, before, after, steps)
 
@@ -186,7 +192,6 @@ class BatchedTransform:
         H(softmax(z / T)) rises with T. Bisection on log T is sure to end inside the tolerance; Newton's steps, with
         dH / d log T = Var_p[z / T], take the result to float32's accuracy where the curve is smooth.
         """
-        assert params.halvings is not None
         z, base, c, p, pc = self.buffers[:5, : len(rows)]
         torch.index_select(logits, 0, rows, out=z)
         _below_peak(z, out=base)
@@ -197,7 +202,7 @@ class BatchedTransform:
             return softmax_entropy(torch.mul(base, (-log_t).exp(), out=c), p, pc)
 
         hottest = entropy_at(high) <= target
-        for _ in range(params.halvings):
+        for _ in range(HALVINGS):
             middle = (low + high) / 2
             cold = entropy_at(middle) <= target
             low, high = torch.where(cold, middle, low), torch.where(cold, high, middle)
@@ -209,7 +214,7 @@ class BatchedTransform:
         log_t = torch.where(hottest, params["max_t"].log(), log_t)
         h = entropy_at(log_t)
         _write_back(logits, rows, z.div_(log_t.exp()), active.unsqueeze(1), spare=c)
-        return torch.where(active, h.squeeze(1), before)
+        return h.squeeze(1)
 
 
 def _below_peak(z: Tensor, out: Tensor) -> Tensor:

@@ -12,8 +12,9 @@ from em_sampler.plugin import check_vllm_version
 
 # The plugin groups that VLLM_PLUGINS filters, besides the endpoint plugins: vllm/plugins/__init__.py.
 FILTERED_GROUPS = ("general", "platform", "io_processor", "stat_logger")
-# A small model on any machine: no compilation at start-up. Flags given by the user come later and win.
-DEMO_FLAGS = ("--served-model-name", "demo", "--enforce-eager")
+# A small model on any machine: no compilation at start-up; and no chunked prefill, in which vLLM 0.32's V1 runner dies
+# on the CPU when the request has a seed (docs/findings/upstream.md). Flags given by the user come later and win.
+DEMO_FLAGS = ("--served-model-name", "demo", "--enforce-eager", "--no-enable-chunked-prefill")
 
 
 def main() -> None:
@@ -36,6 +37,7 @@ def serve(argv: list[str]) -> None:
     command = ServeSubcommand()
     parser = FlexibleArgumentParser(prog="em-serve", description=__doc__)  # type: ignore[no-untyped-call]
     serve_parser = command.subparser_init(parser.add_subparsers(required=True, dest="subparser"))
+    serve_parser.prog, serve_parser.usage = "em-serve", "em-serve [MODEL] [options]"
     _add_flags(serve_parser)
     args = parser.parse_args(["serve", *argv])
     if args.model_tag is None and args.model == serve_parser.get_default("model"):

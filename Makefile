@@ -1,0 +1,48 @@
+# Every target first installs what it needs into .venv: a few minutes once, no time afterwards (scripts/install.sh).
+PYTHON ?= python3
+HOST ?= 127.0.0.1
+PORT ?= 8000
+export PYTHON BUILD
+
+define TRY
+When it says "Application startup complete", from another terminal:
+
+  curl http://$(HOST):$(PORT)/v1/chat/completions -H 'Content-Type: application/json' -d '{
+    "model": "$(or $(MODEL),demo)", "messages": [{"role": "user", "content": "12+7*3-4"}],
+    "temperature": 1, "em_inf": {"threshold": 0.3}}'
+
+endef
+export TRY
+
+.PHONY: help install serve test check format compat lock clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' Makefile
+
+install: ## only make .venv; PYTHON=python3.12 and BUILD=cpu or BUILD=cuda choose other than what is found
+	@scripts/install.sh
+
+serve: install ## start the server; MODEL=name-or-folder (default: the demo model), HOST, PORT, ARGS="more flags"
+	@echo "$$TRY"
+	.venv/bin/em-serve $(MODEL) --host $(HOST) --port $(PORT) $(ARGS)
+
+test: install ## run pytest; ARGS="-m 'not engine'" leaves out the tests that start vLLM
+	.venv/bin/python -m pytest $(ARGS)
+
+check: install ## check formatting and lint with ruff, types with mypy
+	.venv/bin/ruff format --check .
+	.venv/bin/ruff check .
+	.venv/bin/mypy
+
+format: install ## format the sources and fix what ruff can fix
+	.venv/bin/ruff format .
+	.venv/bin/ruff check --fix .
+
+compat: install ## check the plugin against the installed vLLM
+	.venv/bin/python scripts/compat.py $(ARGS)
+
+lock: install ## resolve requirements/*.lock again; ARGS=--upgrade moves every pin
+	scripts/lock.sh $(ARGS)
+
+clean: ## remove .venv
+	rm -rf .venv

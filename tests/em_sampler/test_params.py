@@ -1,0 +1,118 @@
+"""What may be asked for, in both forms, and what the errors say."""
+
+import math
+from typing import Any
+
+import pytest
+
+from em_sampler import AdaptiveTemperatureParams, EMInfParams, ParamsError
+from em_sampler.params import capped, from_extra_args, parse
+
+DEFAULT = EMInfParams(threshold=0.7, steps=9)
+
+
+@pytest.mark.parametrize(
+    ("value", "params"),
+    [
+        (None, DEFAULT),
+        (True, DEFAULT),
+        (False, None),
+        ({}, EMInfParams()),
+        ({"threshold": 1, "steps": 0}, EMInfParams(threshold=1.0, steps=0)),
+        ({"method": "adaptive_temperature", "ratio": 0.2}, AdaptiveTemperatureParams(ratio=0.2)),
+        (AdaptiveTemperatureParams(), AdaptiveTemperatureParams()),
+    ],
+)
+def test_parse(value: object, params: object) -> None:
+    assert parse(value, DEFAULT) == params
+
+
+def test_true_without_a_default_is_the_published_setting() -> None:
+    published = EMInfParams(threshold=0.3, steps=5, learning_rate=0.1, kl_weight=0.001, optimizer="adam")
+    assert parse(True) == published
+    assert parse(None) is None
+
+
+@pytest.mark.parametrize(
+    ("value", "field", "says"),
+    [
+        ({"threshold": 20.5}, "em_inf.threshold", ["20.5", "from 0 up to 20"]),
+        ({"threshold": -0.1}, "em_inf.threshold", ["-0.1", "from 0 up to 20"]),
+        ({"threshold": math.nan}, "em_inf.threshold", ["nan", "from 0 up to 20"]),
+        ({"threshold": math.inf}, "em_inf.threshold", ["inf", "from 0 up to 20"]),
+        ({"threshold": True}, "em_inf.threshold", ["True", "a number"]),
+        ({"threshold": "0.3"}, "em_inf.threshold", ["'0.3'", "a number"]),
+        ({"threshold": None}, "em_inf.threshold", ["None", "a number"]),
+        ({"threshold": 10**400}, "em_inf.threshold", ["a huge integer", "a number"]),
+        ({"steps": 65}, "em_inf.steps", ["65", "an integer from 0 up to 64"]),
+        ({"steps": 2.5}, "em_inf.steps", ["2.5", "an integer"]),
+        ({"steps": {"a": [[]]}}, "em_inf.steps", ["an object of 1 items", "an integer"]),
+        ({"learning_rate": 0}, "em_inf.learning_rate", ["0", "above 0, up to 10"]),
+        ({"kl_weight": 11}, "em_inf.kl_weight", ["11", "from 0 up to 10"]),
+        ({"optimizer": "lion"}, "em_inf.optimizer", ["'lion'", "adam, sgd"]),
+        ({"method": "magic"}, "em_inf.method", ["'magic'", "em_inf, adaptive_temperature"]),
+        ({"method": ["em_inf"]}, "em_inf.method", ["a list of 1 items"]),
+        ({"treshold": 0.3}, "em_inf.treshold", ["unknown field", "threshold"]),
+        ({"ratio": 0.3}, "em_inf.ratio", ["unknown field", "threshold"]),
+        ({7: 0.3}, "em_inf.7", ["unknown field"]),
+        ({"method": "adaptive_temperature", "steps": 3}, "em_inf.steps", ["unknown field", "ratio"]),
+        ({"method": "adaptive_temperature", "ratio": 1.1}, "em_inf.ratio", ["1.1", "from 0 up to 1"]),
+        ({"method": "adaptive_temperature", "min_temperature": 3}, "em_inf", ["3 is above max_temperature 1"]),
+        ("x" * 10**6, "em_inf", ["xxx...", "an object, true or false"]),
+        ([1] * 10**6, "em_inf", ["a list of 1000000 items"]),
+        (1, "em_inf", ["1", "true or false"]),
+    ],
+)
+def test_errors_name_the_field_the_value_and_the_range(value: Any, field: str, says: list[str]) -> None:
+    with pytest.raises(ParamsError) as caught:
+        parse(value)
+    message = str(caught.value)
+    assert caught.value.field == field
+    assert message.startswith(f"{field}: ")
+    assert len(message) < 250
+    for text in says:
+        assert text in message
+
+
+@pytest.mark.parametrize(
+    ("extra_args", "params"),
+    [
+        (None, DEFAULT),
+        ({}, DEFAULT),
+        ({"other": 3}, DEFAULT),
+        ({"em_inf": {"steps": 3}}, EMInfParams(steps=3)),
+        ({"em_inf": True}, DEFAULT),
+        ({"em_inf": 1}, DEFAULT),  # what vLLM's vllm_xargs make of true
+        ({"em_inf": 0}, None),
+        ({"em_inf_steps": 3, "em_inf_threshold": 0.5}, EMInfParams(steps=3, threshold=0.5)),
+        ({"em_inf": 1, "em_inf_steps": 3}, EMInfParams(steps=3)),
+        ({"em_inf_method": "adaptive_temperature"}, AdaptiveTemperatureParams()),
+    ],
+)
+def test_extra_args(extra_args: dict[str, Any] | None, params: object) -> None:
+    assert from_extra_args(extra_args, DEFAULT) == params
+
+
+@pytest.mark.parametrize(
+    ("extra_args", "field"),
+    [
+        ({"em_inf_threshold": "high"}, "em_inf_threshold"),
+        ({"em_inf_thresold": 0.3}, "em_inf_thresold"),
+        ({"em_inf": {}, "em_inf_steps": 3}, "em_inf"),
+        ({"em_inf": False, "em_inf_steps": 3}, "em_inf"),
+        ({"em_inf": 2}, "em_inf"),
+    ],
+)
+def test_extra_args_that_cannot_be_used(extra_args: dict[str, Any], field: str) -> None:
+    with pytest.raises(ParamsError) as caught:
+        from_extra_args(extra_args)
+    assert caught.value.field == field
+
+
+def test_a_cap_lowers_defaults_and_refuses_requests() -> None:
+    assert capped(EMInfParams(threshold=0.5), 3) == EMInfParams(threshold=0.5, steps=3)
+    assert capped(EMInfParams(steps=3), 3) == EMInfParams(steps=3)
+    assert capped(AdaptiveTemperatureParams(), 0) == AdaptiveTemperatureParams()
+    assert capped(None, 0) is None
+    with pytest.raises(ParamsError, match=r"em_inf\.steps: got 4; .* 0 up to 3"):
+        capped(EMInfParams(steps=4), 3)

@@ -1,0 +1,248 @@
+"""Properties of the batched transform, and its agreement with the oracle where golden vectors do not reach."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from em_sampler import AdaptiveTemperatureParams, EMInfParams, oracle, transform
+from em_sampler.params import Params
+from em_sampler.torch_batched import NO_METHOD, BatchedTransform, RowParams
+from tests.em_sampler.support import FORMS, expected, total_variation, transform_masked
+
+NAN, INF = math.nan, math.inf
+
+em_inf = st.builds(
+    EMInfParams,
+    threshold=st.sampled_from([0.0, 0.05, 0.3, 1.0, 20.0]),
+    steps=st.integers(0, 20),
+    learning_rate=st.sampled_from([0.01, 0.1, 0.5]),
+    kl_weight=st.sampled_from([0.0, 0.001, 0.05]),
+    optimizer=st.sampled_from(["adam", "sgd"]),
+)
+adaptive = st.builds(
+    AdaptiveTemperatureParams,
+    ratio=st.sampled_from([0.1, 0.5, 0.9]),
+    threshold=st.sampled_from([0.0, 0.1, 0.5]),
+    min_temperature=st.sampled_from([0.01, 0.3]),
+    max_temperature=st.sampled_from([1.0, 2.0]),
+)
+any_params = st.one_of(st.none(), em_inf, adaptive)
+seeds = st.integers(0, 2**31)
+
+
+def rows_of(seed: int, count: int, vocab: int, masked: float = 0.2) -> torch.Tensor:
+    """Rows from sharp to flat, some with forbidden tokens, the first always with at least two allowed."""
+    generator = torch.Generator().manual_seed(seed)
+    scale = torch.rand(count, 1, generator=generator) * 6 + 0.1
+    logits = torch.randn(count, vocab, generator=generator) * scale
+    logits[:, 2:][torch.rand(count, vocab - 2, generator=generator) < masked] = -INF
+    return logits
+
+
+@settings(max_examples=150, deadline=None)
+@given(seeds, st.sampled_from([2, 3, 17, 1000]), st.lists(any_params, min_size=1, max_size=12))
+def test_every_row_matches_the_oracle(seed: int, vocab: int, params: list[Params | None]) -> None:
+    before = rows_of(seed, len(params), vocab)
+    results = {name: form(before.clone(), params) for name, form in FORMS.items()}
+    for row, wanted in enumerate(params):
+        if wanted is None:
+            for result in results.values():
+                assert torch.equal(result.logits[row], before[row])
+                assert result.entropy_before[row].isnan()
+                assert result.steps[row] == 0
+            continue
+        z, steps = expected(before[row], wanted)
+        on_edge = isinstance(wanted, EMInfParams) and near_threshold(before[row], wanted)
+        for result in results.values():
+            if not on_edge:
+                assert total_variation(result.logits[row].double().numpy(), z) < 2e-5
+                assert result.steps[row] == steps
+            assert result.entropy_before[row].item() == pytest.approx(
+                oracle.entropy(before[row].double().numpy()), abs=1e-5
+            )
+            assert result.entropy_after[row].item() == pytest.approx(
+                oracle.entropy(result.logits[row].double().numpy()), abs=1e-4
+            )
+            assert torch.equal(result.logits[row].isneginf(), before[row].isneginf())
+
+
+def near_threshold(row: torch.Tensor, params: EMInfParams) -> bool:
+    """Whether an entropy along the way is so close to the threshold that float32 may stop a step apart, or the row is
+    so flat that the sign of its gradients is rounding noise."""
+    z = row.double().numpy()
+    for steps in range(params.steps + 1):
+        out, _ = oracle.em_inf(z, params.model_copy(update={"steps": steps}))
+        p = oracle.softmax(out)
+        margin = np.log(np.maximum(p, 1e-300)) + oracle.entropy(out)
+        if abs(oracle.entropy(out) - params.threshold) < 1e-5 or np.abs(margin[p > 1e-9]).min() < 1e-5:
+            return True
+    return False
+
+
+@settings(max_examples=40, deadline=None)
+@given(seeds, st.lists(any_params, min_size=2, max_size=10), st.randoms(use_true_random=False))
+def test_rows_do_not_see_each_other(seed: int, params: list[Params | None], random) -> None:  # type: ignore[no-untyped-def]
+    before = rows_of(seed, len(params), 257)
+    together = transform(before.clone(), params)
+    order = random.sample(range(len(params)), len(params))
+    permuted = transform(before[order], [params[i] for i in order])
+    assert torch.equal(permuted.logits, together.logits[order])
+    assert torch.equal(permuted.steps, together.steps[order])
+    for row, wanted in enumerate(params):
+        alone = transform(before[row : row + 1].clone(), [wanted])
+        assert torch.equal(alone.logits[0], together.logits[row])
+
+
+@settings(max_examples=60, deadline=None)
+@given(seeds, st.one_of(em_inf, adaptive))
+def test_argmax_is_kept(seed: int, params: Params) -> None:
+    before = rows_of(seed, 8, 300)
+    after = transform(before.clone(), [params] * 8).logits
+    top = before.argmax(1, keepdim=True)
+    assert torch.equal(after.gather(1, top), after.amax(1, keepdim=True))
+
+
+@settings(max_examples=40, deadline=None)
+@given(seeds, st.sampled_from([0.01, 0.05]))
+def test_plain_gradient_steps_never_raise_the_entropy(seed: int, rate: float) -> None:
+    before = rows_of(seed, 8, 300)
+    params = EMInfParams(threshold=0.0, steps=20, learning_rate=rate, kl_weight=0.0, optimizer="sgd")
+    result = transform(before, [params] * 8)
+    assert (result.entropy_after <= result.entropy_before + 1e-5).all()
+
+
+NO_WORK = {
+    "no method": None,
+    "no steps": EMInfParams(steps=0, threshold=0.0),
+    "entropy below the threshold": EMInfParams(threshold=20.0),
+    "entropy below adaptive temperature's threshold": AdaptiveTemperatureParams(threshold=20.0),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("params", NO_WORK.values(), ids=NO_WORK.keys())
+def test_no_work_keeps_every_bit(params: Params | None, form: str) -> None:
+    before = rows_of(7, 4, 500)
+    before[0, :3] = torch.tensor([-0.0, 1e-42, 3e38])  # signed zero, denormal, huge
+    worked = [params, EMInfParams(threshold=0.0), params, params]
+    logits = before.clone()
+    result = FORMS[form](logits, worked)
+    idle = [0, 2, 3]
+    assert torch.equal(logits[idle].view(torch.int32), before[idle].view(torch.int32))
+    assert (result.steps[idle] == 0).all()
+    assert not torch.equal(logits[1], before[1])
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("poison", [NAN, INF])
+@pytest.mark.parametrize("params", [EMInfParams(threshold=0.0), AdaptiveTemperatureParams(threshold=0.0)])
+def test_a_row_with_nan_or_inf_passes_through_and_is_counted(params: Params, poison: float, form: str) -> None:
+    before = rows_of(3, 3, 64)
+    before[1, 10] = poison
+    logits = before.clone()
+    result = FORMS[form](logits, [params] * 3)
+    assert torch.equal(logits[1].view(torch.int32), before[1].view(torch.int32))
+    assert result.entropy_before.isnan().tolist() == [False, True, False]
+    assert result.entropy_after.isnan().tolist() == [False, True, False]
+    assert result.steps.tolist() == [result.steps[0].item(), 0, result.steps[2].item()]
+    for row in (0, 2):  # its neighbours are as without it
+        assert torch.equal(logits[row], transform(before[row : row + 1].clone(), [params]).logits[0])
+
+
+def test_an_engine_counts_rows_passed_through() -> None:
+    logits = rows_of(3, 4, 64)
+    logits[1, 10] = NAN
+    logits[3, 10] = NAN
+    engine = BatchedTransform(64, logits.device, max_rows=4)
+    for _ in range(2):
+        engine(logits, RowParams.of([EMInfParams(), EMInfParams(), None, None]))
+    assert engine.passed_through.item() == 2  # row 3 has no method, so nobody looked at it
+
+
+@pytest.mark.parametrize("vocab", [2, 4099])
+@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+def test_a_uniform_row_is_left_alone(vocab: int, optimizer: str) -> None:
+    before = torch.full((2, vocab), 1.7)
+    before[1, 1 : vocab // 2] = -INF
+    logits = before.clone()
+    transform(logits, [EMInfParams(threshold=0.0, steps=64, learning_rate=10.0, optimizer=optimizer)] * 2)
+    assert torch.equal(logits, before)
+
+
+@pytest.mark.parametrize("rows", [0, 1, 13, 300])
+@pytest.mark.parametrize("vocab", [2, 32_003, 151_936])
+def test_sizes(rows: int, vocab: int) -> None:
+    """More rows than one chunk of the workspace, real vocabularies; a sample of rows is held to the oracle."""
+    if rows * vocab > 2e7:
+        rows = int(2e7 / vocab)
+    before = rows_of(rows + vocab, rows, vocab, masked=0.05)
+    params: list[Params | None] = [(EMInfParams(), AdaptiveTemperatureParams(), None)[i % 3] for i in range(rows)]
+    result = transform(before.clone(), params)
+    assert result.logits.shape == (rows, vocab)
+    for row in range(0, rows, max(1, rows // 5)):
+        wanted = params[row]
+        if wanted is None:
+            assert torch.equal(result.logits[row], before[row])
+        else:
+            z, _ = expected(before[row], wanted)
+            assert total_variation(result.logits[row].double().numpy(), z) < 2e-5
+
+
+def test_wide_temperature_range_is_searched_to_the_end() -> None:
+    before = rows_of(11, 6, 500, masked=0.0)
+    params = AdaptiveTemperatureParams(ratio=0.05, threshold=0.0, min_temperature=0.001, max_temperature=10.0)
+    after = transform(before.clone(), [params] * 6).logits
+    for row in range(6):
+        t = oracle.temperature(before[row].double().numpy(), params)
+        assert (before[row] / after[row]).mean().item() == pytest.approx(t, rel=1e-3)
+
+
+def test_out_of_reach_targets_end_at_the_bounds() -> None:
+    two_tops = torch.tensor([[5.0, 5.0, 0.0, 0.0]])  # never below ln 2 nats
+    cold = transform(two_tops.clone(), [AdaptiveTemperatureParams(ratio=0.1, threshold=0.0, min_temperature=0.05)])
+    assert cold.logits[0, 0].item() == pytest.approx(5.0 / 0.05, rel=1e-3)
+    hot = AdaptiveTemperatureParams(ratio=1.0, threshold=0.0, max_temperature=1.0)
+    assert transform(two_tops.clone(), [hot]).logits[0, 0].item() == pytest.approx(5.0, rel=1e-3)
+
+
+def test_the_workspace_is_all_that_is_kept() -> None:
+    engine = BatchedTransform(1000, torch.device("cpu"), max_rows=4)
+    before = rows_of(5, 20, 1000)  # five chunks
+    first, second = before.clone(), before.clone()
+    params = RowParams.of([EMInfParams(), AdaptiveTemperatureParams()] * 10)
+    engine(first, params)
+    engine(rows_of(6, 20, 1000), params)
+    engine(second, params)
+    assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize(
+    ("logits", "count", "message"),
+    [
+        (torch.zeros(2, 3, dtype=torch.float64), 2, "float32, got .*float64"),
+        (torch.zeros(3), 1, r"\[rows, vocab\]"),
+        (torch.zeros(2, 3), 3, "got 3 for 2 rows"),
+    ],
+)
+def test_arguments_that_do_not_fit_are_refused(logits: torch.Tensor, count: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        transform(logits, [None] * count)
+
+
+def test_a_row_of_none_has_no_method() -> None:
+    assert (RowParams.of([None, None]).values[:, 0] == NO_METHOD).all()
+    assert RowParams.of([None]).max_steps is None
+    assert not RowParams.of([None]).any_adaptive
+
+
+def test_the_masked_form_and_the_compact_form_agree() -> None:
+    before = rows_of(21, 30, 999)
+    before[4, 4] = NAN
+    params = [EMInfParams(steps=9), None, AdaptiveTemperatureParams(), EMInfParams(optimizer="sgd")] * 7 + [None] * 2
+    compact, masked = transform(before.clone(), params), transform_masked(before.clone(), params)
+    for one, other in zip(compact, masked, strict=True):
+        assert torch.equal(one.nan_to_num(-1.0), other.nan_to_num(-1.0))

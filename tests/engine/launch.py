@@ -1,0 +1,122 @@
+"""Starts real vLLM processes for the tests: `em-serve` as a user would, and the offline `LLM` in a script."""
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+API_KEY = "test-key"
+START_LIMIT = 240  # seconds; a start takes 25 to 45 on two idle cores
+
+# float32, so that a row's logits do not depend on how many other rows are in the batch by more than 1e-6.
+ENGINE_FLAGS = ("--dtype", "float32", "--max-model-len", "256", "--enable-chunked-prefill")
+
+
+def environment(runner: str, **extra: str) -> dict[str, str]:
+    """The environment of a vLLM process on `runner`: "v1", or "v2" under Triton's interpreter."""
+    chosen = {
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_USE_V2_MODEL_RUNNER": "1" if runner == "v2" else "0",
+        "TRITON_INTERPRET": "1" if runner == "v2" else "0",
+        "PYTHONPATH": os.pathsep.join([str(HERE / "site"), str(ROOT)]),
+    }
+    inherited = {key: value for key, value in os.environ.items() if not key.startswith("VLLM_")}
+    return inherited | chosen | extra
+
+
+@dataclass(frozen=True)
+class Server:
+    """A running em-serve."""
+
+    url: str
+    runner: str
+    log: Path
+
+    @property
+    def client(self) -> openai.OpenAI:
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=API_KEY, max_retries=0, timeout=300)
+
+    @property
+    def http(self) -> httpx.Client:
+        return httpx.Client(base_url=self.url, headers={"Authorization": f"Bearer {API_KEY}"}, timeout=300)
+
+    def metric(self, name: str) -> float:
+        """Sum of one of vLLM's counters over its labels."""
+        lines = httpx.get(f"{self.url}/metrics", timeout=30).text.splitlines()
+        return sum(float(line.split()[-1]) for line in lines if line.startswith((name + "{", name + " ")))
+
+
+@contextlib.contextmanager
+def serve(*flags: str, runner: str = "v1") -> Iterator[Server]:
+    """em-serve with `flags`, until the block ends."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "server.cli", *flags, "--host", "127.0.0.1", "--port", str(port)]
+    log = Path(tempfile.mkstemp(prefix="em-serve-", suffix=".log")[1])
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [*command, "--api-key", API_KEY, *ENGINE_FLAGS],
+            env=environment(runner),
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    try:
+        server = Server(f"http://127.0.0.1:{port}", runner, log)
+        _wait(server, process)
+        yield server
+    finally:
+        _stop(process)
+
+
+def _wait(server: Server, process: subprocess.Popen[bytes]) -> None:
+    deadline = time.monotonic() + START_LIMIT
+    while time.monotonic() < deadline and process.poll() is None:
+        with contextlib.suppress(httpx.TransportError):
+            if httpx.get(f"{server.url}/health", timeout=5).status_code == 200:
+                return
+        time.sleep(0.5)
+    raise RuntimeError(f"em-serve did not start:\n{server.log.read_text(errors='replace')[-4000:]}")
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    """The server and all it started: its process group is its own."""
+    process.terminate()
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(20)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def offline(requests: list[dict[str, Any]], runner: str, with_plugin: bool) -> list[Any]:
+    """Answers of vLLM's offline `LLM` to `requests` (see offline.py): token ids, or an error's text."""
+    hidden = {} if with_plugin else {"EM_INF_HIDDEN": "1"}
+    with tempfile.TemporaryDirectory() as folder:
+        inbox, outbox = Path(folder, "in.json"), Path(folder, "out.json")
+        inbox.write_text(json.dumps(requests))
+        command = [sys.executable, str(HERE / "offline.py"), str(inbox), str(outbox)]
+        done = subprocess.run(
+            command, env=environment(runner, **hidden), capture_output=True, text=True, timeout=600, check=False
+        )
+        assert outbox.exists(), (done.stdout + done.stderr)[-4000:]
+        answers: list[Any] = json.loads(outbox.read_text())
+    return answers

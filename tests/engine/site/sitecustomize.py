@@ -1,0 +1,25 @@
+"""Run by every process that vLLM starts with this folder on PYTHONPATH; changes nothing unless a variable asks for it.
+
+TRITON_INTERPRET=1: a Triton "cpu" backend is found, so that the V2 model runner runs under Triton's interpreter.
+EM_INF_HIDDEN=1: the plugin's entry point is not found, as if the package were not installed.
+"""
+
+import os
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    from types import SimpleNamespace
+
+    from triton.backends import backends
+
+    # vLLM's CPU build only asks whether the entry exists and is active; the interpreter needs no driver.
+    backends["cpu"] = SimpleNamespace(driver=SimpleNamespace(is_active=lambda: True))
+
+if os.environ.get("EM_INF_HIDDEN") == "1":
+    from importlib import metadata
+
+    find = metadata.entry_points
+
+    def without_ours(**wanted):  # type: ignore[no-untyped-def]
+        return metadata.EntryPoints(e for e in find(**wanted) if e.name != "em_inf") if wanted else find()
+
+    metadata.entry_points = without_ours

@@ -1,0 +1,179 @@
+"""The sampler inside both of vLLM's runners: every request gets its own method, whatever else is in the batch."""
+
+import asyncio
+import json
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+from scipy import stats
+
+import demo
+from em_sampler import oracle
+from em_sampler.params import parse
+from tests.engine.launch import API_KEY, Server, offline
+
+pytestmark = pytest.mark.engine
+
+EM = {"threshold": 0.1, "steps": 12, "learning_rate": 0.3}
+ADAPTIVE = {"method": "adaptive_temperature", "ratio": 0.4}
+STRONG = {"threshold": 0.0, "steps": 64, "learning_rate": 10.0}  # nothing but the top token is left
+COLD = {"method": "adaptive_temperature", "ratio": 0.0, "threshold": 0.0, "min_temperature": 0.001}  # the same
+PROMPTS = [f"<|user|>{question}<|im_end|><|assistant|>" for question in ("58+17*3-29", "7*8-9", "91-45+6*7", "3+4")]
+UNSURE = "<|user|>Q"  # a prompt no model was trained on: its next character is open
+VOCABULARY = json.loads((demo.MODEL_PATH / "config.json").read_text())["vocab_size"]
+FULL_ROW = {"prompt": UNSURE, "max_tokens": 1, "seed": 2, "logprobs": VOCABULARY, "return_tokens_as_token_ids": True}
+
+
+async def _post(client: httpx.AsyncClient, body: dict[str, Any], delay: float = 0.0) -> dict[str, Any]:
+    await asyncio.sleep(delay)
+    answer = await client.post("/v1/completions", json={"model": "demo", "return_token_ids": True} | body)
+    assert answer.status_code == 200, answer.text
+    result: dict[str, Any] = answer.json()
+    return result
+
+
+def complete(server: Server, *bodies: dict[str, Any], one_by_one: bool = False) -> list[dict[str, Any]]:
+    """Answers to completion requests: all in flight together, entering a little after one another, or one by one."""
+
+    async def run() -> list[dict[str, Any]]:
+        headers = {"Authorization": f"Bearer {API_KEY}"}
+        async with httpx.AsyncClient(base_url=server.url, headers=headers, timeout=300) as client:
+            if one_by_one:
+                return [await _post(client, body) for body in bodies]
+            return await asyncio.gather(*(_post(client, body, 0.01 * i) for i, body in enumerate(bodies)))
+
+    return asyncio.run(run())
+
+
+def tokens(answer: dict[str, Any], choice: int = 0) -> list[int]:
+    ids: list[int] = answer["choices"][choice]["token_ids"]
+    return ids
+
+
+def test_without_em_inf_the_tokens_are_those_of_plain_vllm(engine: Server) -> None:
+    bodies = [{"prompt": p, "seed": i, "temperature": 1.0, "max_tokens": 12} for i, p in enumerate(PROMPTS)]
+    answers = complete(engine, *bodies, one_by_one=True)
+    requests = [{"prompt": b["prompt"], "params": {k: b[k] for k in b if k != "prompt"}} for b in bodies]
+    assert [tokens(a) for a in answers] == offline(requests, engine.runner, with_plugin=False)
+
+
+def test_sampled_frequencies_are_the_oracles(engine: Server) -> None:
+    """One position, many seeds, four distributions drawn in one mixed batch."""
+    logprobs = full_row(complete(engine, FULL_ROW)[0])
+    assert oracle.entropy(logprobs) > 0.7, "the prompt leaves nothing to sample"
+    arms: list[tuple[Any, float]] = [(None, 1.0), (EM, 1.0), (EM, 2.0), (ADAPTIVE, 1.0)]
+    rounds, n = (8, 100) if engine.runner == "v1" else (4, 100)
+    shared = {"prompt": UNSURE, "max_tokens": 1, "n": n}
+    bodies = [
+        shared | {"temperature": t, "seed": 1000 * r + 100_000 * a} | ({"em_inf": em} if em else {})
+        for r in range(rounds)
+        for a, (em, t) in enumerate(arms)
+    ]
+    answers = complete(engine, *bodies)
+    for a, (em, t) in enumerate(arms):
+        drawn = [tokens(answer, choice)[0] for answer in answers[a :: len(arms)] for choice in range(n)]
+        counts = np.bincount(drawn, minlength=len(logprobs))
+        assert counts.sum() == rounds * n
+        wanted = oracle.softmax(expected_row(logprobs, em) / t)
+        assert fit(counts, wanted) > 1e-4, (em, t)
+        others = [oracle.softmax(expected_row(logprobs, e) / u) for e, u in arms if (e, u) != (em, t)]
+        assert max(fit(counts, other) for other in others) < 1e-4, "the test could not tell the arms apart"
+
+
+def full_row(answer: dict[str, Any]) -> oracle.Row:
+    """The first token's log-probabilities [vocab], by token id."""
+    by_name = answer["choices"][0]["logprobs"]["top_logprobs"][0]
+    return np.array([by_name[f"token_id:{token}"] for token in range(len(by_name))])
+
+
+def expected_row(logprobs: oracle.Row, em: Any) -> oracle.Row:
+    params = parse(em)
+    if params is None:
+        return logprobs
+    if params.method == "em_inf":
+        return oracle.em_inf(logprobs, params)[0]
+    return logprobs / oracle.temperature(logprobs, params)
+
+
+def fit(counts: np.ndarray[Any, Any], p: oracle.Row) -> float:
+    """Chi-square p-value; cells expected fewer than five times are pooled."""
+    rare = p * counts.sum() < 5
+    observed = np.append(counts[~rare], counts[rare].sum())
+    expected = np.append(p[~rare], p[rare].sum()) * counts.sum()
+    if expected[-1] < 1e-9:
+        observed, expected = observed[:-1], expected[:-1]
+        if observed.sum() != counts.sum():
+            return 0.0
+    return float(stats.chisquare(observed, expected * observed.sum() / expected.sum()).pvalue)
+
+
+def test_requests_in_a_mixed_batch_draw_what_they_draw_alone(engine: Server) -> None:
+    arms: list[Any] = [EM, None, ADAPTIVE, EM | {"optimizer": "sgd", "learning_rate": 2.0}, None]
+    for round_ in range(3 if engine.runner == "v1" else 1):
+        bodies = [
+            {"prompt": PROMPTS[i % 4], "seed": 10 * round_ + i, "temperature": 1.5, "max_tokens": 5 + 3 * i}
+            | {"ignore_eos": True}
+            | ({"em_inf": em} if em else {})
+            for i, em in enumerate(arms)
+        ]
+        alone = complete(engine, *bodies, one_by_one=True)
+        together = complete(engine, *bodies)
+        assert [tokens(a) for a in together] == [tokens(a) for a in alone]
+
+
+def test_methods_reach_the_rows_of_their_requests_under_pressure(engine: Server) -> None:
+    """Two methods that leave nothing but the top token are greedy at any temperature; plain requests among them are
+    not. Requests enter and leave, long prompts are prefilled in chunks, and the cache is too small for all."""
+    arms: list[Any] = [STRONG, None, COLD, False]
+    bodies = [
+        {"prompt": "7" * (70 * (i % 3)) + PROMPTS[i % 2], "max_tokens": 16 + 11 * (i % 3), "ignore_eos": True}
+        | ({} if arms[i % 4] is None else {"em_inf": arms[i % 4]})
+        for i in range(48 if engine.runner == "v1" else 24)
+    ]
+    greedy = [tokens(a) for a in complete(engine, *[body | {"temperature": 0} for body in bodies])]
+    preempted = engine.metric("vllm:num_preemptions_total")
+    answers = complete(engine, *[body | {"temperature": 2.0} for body in bodies])
+    assert engine.metric("vllm:num_preemptions_total") > preempted, "the cache was large enough for all"
+    kept = [tokens(answer) == wanted for answer, wanted in zip(answers, greedy, strict=True)]
+    assert kept == [arms[i % 4] in (STRONG, COLD) for i in range(len(bodies))]
+
+
+def test_greedy_requests_keep_their_tokens(engine: Server) -> None:
+    shared = {"prompt": PROMPTS[0], "max_tokens": 16, "temperature": 0.0}
+    plain, *minimised = complete(engine, shared, shared | {"em_inf": STRONG}, shared | {"em_inf": ADAPTIVE})
+    assert [tokens(a) for a in minimised] == [tokens(plain)] * 2
+
+
+def test_n_samples_share_the_method_and_differ(engine: Server) -> None:
+    shared = {"prompt": UNSURE, "max_tokens": 8, "n": 4, "seed": 1, "ignore_eos": True, "temperature": 1.5}
+    strong, mild = complete(engine, shared | {"em_inf": STRONG}, shared | {"em_inf": {"steps": 1}})
+    assert len({tuple(tokens(strong, i)) for i in range(4)}) == 1
+    assert len({tuple(tokens(mild, i)) for i in range(4)}) > 1
+
+
+def test_forbidden_tokens_stay_forbidden(engine: Server) -> None:
+    """A grammar's mask reaches the sampler as -inf; the logit bias has been added by then."""
+    answers = complete(
+        engine,
+        {"prompt": UNSURE, "max_tokens": 12, "em_inf": STRONG, "structured_outputs": {"regex": "[xyz]{6}"}},
+        {"prompt": UNSURE, "max_tokens": 3, "em_inf": STRONG, "logit_bias": {"50": 100}},
+    )
+    assert len(answers[0]["choices"][0]["text"]) == 6
+    assert set(answers[0]["choices"][0]["text"]) <= set("xyz")
+    assert tokens(answers[1]) == [50] * 3
+
+
+def test_a_recycled_place_in_the_batch_forgets_its_last_request(engine: Server) -> None:
+    shared = {"prompt": PROMPTS[1], "max_tokens": 8, "ignore_eos": True, "temperature": 2.0, "seed": 11}
+    before = tokens(complete(engine, shared)[0])
+    for _ in range(3):  # more requests than there are slots
+        complete(engine, *[shared | {"em_inf": STRONG, "max_tokens": 1}] * 8)
+    assert tokens(complete(engine, shared)[0]) == before
+
+
+def test_reported_logprobs_are_the_models(engine: Server) -> None:
+    """vLLM's default reports raw log-probabilities; EM-INF does not move them."""
+    plain, minimised = complete(engine, FULL_ROW, FULL_ROW | {"em_inf": STRONG}, one_by_one=True)
+    assert np.allclose(full_row(plain), full_row(minimised), atol=1e-5)
