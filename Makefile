@@ -38,8 +38,8 @@ format: install ## format the sources and fix what ruff can fix
 	.venv/bin/ruff format .
 	.venv/bin/ruff check --fix .
 
-compat: install ## check the plugin against the installed vLLM
-	.venv/bin/python scripts/compat.py $(ARGS)
+compat: install ## check the places where we touch vLLM against the wheels of every supported release (about 1 GB)
+	.venv/bin/python -m compat $(ARGS)
 
 lock: install ## resolve requirements/*.lock again; ARGS=--upgrade moves every pin
 	scripts/lock.sh $(ARGS)

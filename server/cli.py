@@ -8,7 +8,7 @@ from importlib import metadata
 
 import demo
 from em_sampler.params import MAX_STEPS, Params, ParamsError, capped, parse
-from em_sampler.plugin import check_vllm_version
+from em_sampler.supported import check_vllm_version
 
 # The plugin groups that VLLM_PLUGINS filters, besides the endpoint plugins: vllm/plugins/__init__.py.
 FILTERED_GROUPS = ("general", "platform", "io_processor", "stat_logger")
@@ -42,6 +42,8 @@ def serve(argv: list[str]) -> None:
     args = parser.parse_args(["serve", *argv])
     if args.model_tag is None and args.model == serve_parser.get_default("model"):
         args = parser.parse_args(["serve", str(demo.MODEL_PATH), *DEMO_FLAGS, *argv])
+    if getattr(args, "grpc", False):
+        serve_parser.error("argument --grpc: requests would be answered without this server's routes")
     args.em_inf_default = _default(serve_parser, args)
     command.validate(args)
     command.cmd(args)

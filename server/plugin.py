@@ -6,20 +6,42 @@ Core routes are rebuilt around vLLM's own handlers, never copied. Contract: vllm
 import functools
 import inspect
 from argparse import Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
+from http import HTTPStatus
 from importlib import metadata
 from typing import Any, get_type_hints
 
 from fastapi import Depends, FastAPI, Request
 from fastapi.routing import APIRoute
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
 from vllm.engine.protocol import EngineClient
 from vllm.exceptions import VLLMValidationError
 
 from em_sampler.params import EXTRA_ARGS_KEY, MAX_STEPS, ParamsError
-from em_sampler.plugin import EMInfLogitsProcessor, installed_vllm
+from em_sampler.plugin import EMInfLogitsProcessor
+from em_sampler.supported import installed_vllm
 from server.protocol import Settings, apply_em_inf, with_em_inf
 
 SAMPLING_ROUTES = ("/v1/chat/completions", "/v1/completions", "/v1/responses")
+
+
+class Route(APIRoute):
+    """A route whose unreadable bodies are answered in OpenAI's shape, which vLLM gives to all errors but these."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """FastAPI's handler; what it cannot parse becomes vLLM's 400."""
+        handle = super().get_route_handler()
+
+        async def handle_or_refuse(request: Request) -> Response:
+            try:
+                return await handle(request)
+            except HTTPException as error:
+                if error.status_code != HTTPStatus.BAD_REQUEST:
+                    raise
+                raise VLLMValidationError(error.detail, parameter="body") from None
+
+        return handle_or_refuse
 
 
 class EMInfEndpoints:
@@ -28,6 +50,9 @@ class EMInfEndpoints:
     name = "em_inf"
     required_tasks = None  # pooling models too: their requests are told that em_inf cannot work
 
+    def __init__(self) -> None:
+        self.rebuilt: list[str] = []  # the sampling routes that were found
+
     def attach_router(self, app: FastAPI) -> None:
         """Rebuild the POST routes in place (before vLLM 0.32 an appended route would never match)."""
         for position, route in enumerate(app.router.routes):
@@ -35,17 +60,27 @@ class EMInfEndpoints:
                 continue
             if route.path in SAMPLING_ROUTES:
                 app.router.routes[position] = _rebuilt(route, endpoint=_accepting_em_inf(route.endpoint))
+                self.rebuilt.append(route.path)
             else:
                 app.router.routes[position] = _rebuilt(route, dependencies=[Depends(refuse_em_inf)])
         app.get("/v1/em_inf")(describe)
 
     async def init_state(self, engine_client: EngineClient | None, state: Any, args: Namespace) -> None:
-        """Keep the operator's choices where the routes find them."""
+        """Keep the operator's choices where the routes find them.
+
+        Raises:
+            RuntimeError: where they, or em_inf as such, cannot work on this engine.
+        """
+        default, unavailable = getattr(args, "em_inf_default", None), _unavailable(engine_client)
+        if not unavailable and not self.rebuilt:
+            raise RuntimeError(f"none of {', '.join(SAMPLING_ROUTES)} was found in vLLM's app: em_inf would be ignored")
+        if default and unavailable:
+            raise RuntimeError(f"--em-inf-default cannot work here: {unavailable}")
         state.em_inf = Settings(
-            default=getattr(args, "em_inf_default", None),
+            default=default,
             max_steps=getattr(args, "em_inf_max_steps", MAX_STEPS),
-            unavailable=_unavailable(engine_client),
-            versions={"em-inf-server": metadata.version("em-inf-server"), "vllm": installed_vllm()},
+            unavailable=unavailable,
+            versions={"em-inf-server": metadata.version("em-inf-server"), "vllm": installed_vllm() or ""},
         )
         EMInfLogitsProcessor.max_steps = state.em_inf.max_steps
 
@@ -105,7 +140,7 @@ def _accepting_em_inf(endpoint: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _rebuilt(route: APIRoute, endpoint: Callable[..., Any] | None = None, dependencies: Sequence[Any] = ()) -> APIRoute:
-    return APIRoute(
+    return Route(
         route.path,
         endpoint or route.endpoint,
         methods=list(route.methods),
@@ -114,6 +149,8 @@ def _rebuilt(route: APIRoute, endpoint: Callable[..., Any] | None = None, depend
         responses=route.responses,
         status_code=route.status_code,
         response_model=route.response_model,
+        response_class=route.response_class,
+        openapi_extra=route.openapi_extra,
         include_in_schema=route.include_in_schema,
         dependencies=[*route.dependencies, *dependencies],
     )

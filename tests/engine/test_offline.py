@@ -1,0 +1,28 @@
+"""vLLM's offline `LLM` finds the plugin by its entry point, with no server around it."""
+
+import pytest
+
+from tests.engine.launch import offline
+
+pytestmark = pytest.mark.engine
+
+
+def test_llm_honours_extra_args() -> None:
+    prompt = "<|user|>Q"  # nothing the model was trained on: plain sampling strays
+    hot = {"temperature": 2.0, "seed": 1, "max_tokens": 20}
+    strong = {"em_inf": {"threshold": 0.0, "steps": 64, "learning_rate": 10.0}}
+    flat = {f"em_inf_{name}": value for name, value in strong["em_inf"].items()}
+    params = [
+        {"temperature": 0.0, "max_tokens": 20},
+        hot | {"extra_args": strong},
+        hot | {"extra_args": flat},
+        hot,
+        hot | {"extra_args": {"em_inf": {"threshold": 25}}},
+        hot | {"extra_args": strong},
+    ]
+    greedy, nested, by_flat, plain, refused, again = offline(
+        [{"prompt": prompt, "params": p} for p in params], runner="v1", with_plugin=True
+    )
+    assert nested == by_flat == again == greedy
+    assert plain != greedy
+    assert refused == "em_inf.threshold: got 25; must be a number from 0 up to 20"

@@ -1,0 +1,97 @@
+"""Servers of other make: an operator's default and cap, speculative decoding, a pooling model."""
+
+import json
+import subprocess
+import sys
+from typing import Any
+
+import openai
+import pytest
+
+from tests.engine.launch import ENGINE_FLAGS, START_LIMIT, Server, environment, serve
+
+pytestmark = pytest.mark.engine
+
+STRONG = {"threshold": 0.0, "steps": 7, "learning_rate": 10.0, "kl_weight": 0.0}
+NGRAM = ("--speculative-config", json.dumps({"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3}))
+
+
+def complete(server: Server, **options: Any) -> str:
+    """A completion of what the model was not trained on, hot: only a strong method makes it greedy."""
+    settings: dict[str, Any] = {"temperature": 2.0, "seed": 3, "max_tokens": 20} | options
+    return server.client.completions.create(model="demo", prompt="<|user|>Q", **settings).choices[0].text
+
+
+def test_an_operators_default_and_cap_in_every_api_server() -> None:
+    flags = ("--em-inf-default", json.dumps(STRONG), "--em-inf-max-steps", "7", "--api-server-count", "2")
+    with serve(*flags) as server:
+        greedy = complete(server, temperature=0)
+        for _ in range(6):  # a new connection each time: either process may answer
+            assert complete(server) == greedy
+            assert complete(server, extra_body={"em_inf": False}) != greedy
+            assert complete(server, extra_body={"em_inf": True}) == greedy
+            with pytest.raises(openai.BadRequestError, match=r"got 8; this server allows an integer from 0 up to 7"):
+                complete(server, extra_body={"em_inf": {"steps": 8}})
+        supported = server.http.get("/v1/em_inf").json()
+        assert supported["default"] == STRONG | {"method": "em_inf", "optimizer": "adam"}
+        assert supported["methods"]["em_inf"]["steps"]["maximum"] == 7
+        # The cap also holds where our routes are not in the way.
+        xargs = {"vllm_xargs": {"em_inf_steps": 8}, "max_tokens": 4, "model": "demo"}
+        messages = [{"role": "user", "content": "1"}]
+        answer = server.http.post("/v1/messages", json=xargs | {"messages": messages})
+        assert answer.status_code == 400
+        assert "from 0 up to 7" in answer.text
+
+
+def test_v1_with_speculative_decoding_refuses_em_inf() -> None:
+    with serve(*NGRAM, runner="v1") as server:
+        assert complete(server, temperature=0)
+        with pytest.raises(openai.BadRequestError, match="speculative decoding") as caught:
+            complete(server, extra_body={"em_inf": True})
+        assert caught.value.param == "body.em_inf"
+        assert complete(server, temperature=0, extra_body={"em_inf": False})
+        assert server.http.get("/v1/em_inf").json()["available"] is False
+
+
+def test_v2_with_speculative_decoding_honours_em_inf() -> None:
+    """Every row of a draft gets its request's method: what is accepted and what replaces it are greedy."""
+    with serve(*NGRAM, runner="v2") as server:
+        greedy = complete(server, temperature=0, max_tokens=40)
+        assert complete(server, max_tokens=40, extra_body={"em_inf": STRONG | {"steps": 64}}) == greedy
+        assert complete(server, max_tokens=40) != greedy
+        assert server.metric("vllm:spec_decode_num_draft_tokens_total") > 0
+
+
+def test_a_pooling_model_refuses_em_inf() -> None:
+    with serve("--runner", "pooling") as server:
+        body = {"model": "demo", "input": "12+7"}
+        assert server.http.post("/v1/embeddings", json=body).status_code == 200
+        answer = server.http.post("/v1/embeddings", json=body | {"em_inf": {"threshold": 0.3}})
+        assert answer.status_code == 400
+        assert "pooling model samples no tokens" in answer.json()["error"]["message"]
+        assert answer.json()["error"]["param"] == "body.em_inf"
+
+
+@pytest.mark.parametrize(
+    ("flags", "env", "says"),
+    [
+        (["--em-inf-default", '{"threshold": 21}'], {}, "got 21; must be a number from 0 up to 20"),
+        (["--em-inf-default", "{threshold"], {}, "argument --em-inf-default"),
+        (["--em-inf-default", '{"steps": 9}', "--em-inf-max-steps", "8"], {}, "got 9; this server allows"),
+        (["--em-inf-max-steps", "65"], {}, "--em-inf-max-steps"),
+        ([], {"VLLM_USE_RUST_FRONTEND": "1"}, "unset it"),
+        (["--logits-processors", "em_sampler.plugin:EMInfLogitsProcessor"], {}, "drop it"),
+    ],
+)
+def test_what_cannot_work_stops_the_start_with_one_line(flags: list[str], env: dict[str, str], says: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "server.cli", *flags, *ENGINE_FLAGS],
+        env=environment("v1", **env),
+        capture_output=True,
+        text=True,
+        timeout=START_LIMIT,
+        check=False,
+    )
+    assert done.returncode != 0
+    assert says in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
