@@ -112,7 +112,7 @@ class BatchedTransform:
 
     def __init__(self, vocab_size: int, device: torch.device, max_rows: int) -> None:
         self.chunk_rows = max(1, min(max_rows, CHUNK_ELEMENTS.get(device.type, 2**23) // max(vocab_size, 1)))
-        self.buffers = torch.empty(BUFFERS, self.chunk_rows, vocab_size, device=device)
+        self.buffers = torch.empty(BUFFERS, self.chunk_rows, vocab_size, dtype=torch.float32, device=device)
         # On the CPU, rows with nothing to do are left out. Elsewhere that would wait for the device: they are masked.
         self.compact = device.type == "cpu"
         self.passed_through = torch.zeros((), dtype=torch.int64, device=device)  # rows left alone for NaN or +inf
@@ -144,7 +144,7 @@ class BatchedTransform:
         return torch.split(rows, self.chunk_rows) if len(rows) else ()
 
     def _entropies(self, logits: Tensor, wanted: Tensor) -> Tensor:  # [rows]
-        entropies = torch.full((len(wanted),), math.nan, device=logits.device)
+        entropies = torch.full((len(wanted),), math.nan, dtype=torch.float32, device=logits.device)
         for rows in self._chunks(wanted):
             z, c, p, pc = self.buffers[:4, : len(rows)]
             torch.index_select(logits, 0, rows, out=z)
@@ -163,7 +163,7 @@ class BatchedTransform:
         torch.index_select(logits, 0, rows, out=z)
         adam, rate = params["adam"], params["learning_rate"]
         beta1 = BETA1 * adam  # sgd is Adam without momentum whose denominator is 1
-        floor = torch.where(adam > 0, EPSILON, 1.0)
+        floor = adam * EPSILON + (1 - adam)
         m.zero_()
         v.zero_()
         active = active.unsqueeze(1)

@@ -29,7 +29,7 @@ def transform_masked(logits: torch.Tensor, params: list[Params | None]) -> Trans
     """`transform` as it runs where asking the device would wait: all rows are computed, those without work masked."""
     engine = BatchedTransform(logits.shape[1], logits.device, max_rows=len(logits))
     engine.compact = False
-    return engine(logits, RowParams.of(params))
+    return engine(logits, RowParams.of(params, logits.device))
 
 
 FORMS = {"compact": transform, "masked": transform_masked}

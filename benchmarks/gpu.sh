@@ -1,0 +1,7 @@
+#!/bin/sh
+# Everything that has to be measured on a CUDA device, in one go: agreement with the CPU, then time.
+set -eu
+cd "$(dirname "$0")/.."
+python=${PYTHON:-.venv/bin/python}
+EM_TEST_DEVICE=cuda "$python" -m pytest -q tests/em_sampler/test_golden.py
+for rows in 1 16 256; do "$python" -m benchmarks.transform --device cuda --rows $rows; done
