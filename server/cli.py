@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import shutil
 import sys
 from importlib import metadata
 
@@ -42,6 +43,8 @@ def serve(argv: list[str]) -> None:
     args = parser.parse_args(["serve", *argv])
     if args.model_tag is None and args.model == serve_parser.get_default("model"):
         args = parser.parse_args(["serve", str(demo.MODEL_PATH), *DEMO_FLAGS, *argv])
+        if shutil.which("g++") is None:  # vLLM compiles what it needs for logprobs, eager or not, and dies without one
+            os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     if getattr(args, "grpc", False):
         serve_parser.error("argument --grpc: requests would be answered without this server's routes")
     args.em_inf_default = _default(serve_parser, args)

@@ -63,8 +63,8 @@ class Server:
 
 
 @contextlib.contextmanager
-def serve(*flags: str, runner: str = "v1") -> Iterator[Server]:
-    """em-serve with `flags`, until the block ends."""
+def serve(*flags: str, runner: str = "v1", **env: str) -> Iterator[Server]:
+    """em-serve with `flags` and environment variables, until the block ends."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -73,7 +73,7 @@ def serve(*flags: str, runner: str = "v1") -> Iterator[Server]:
     with log.open("wb") as output:
         process = subprocess.Popen(
             [*command, "--api-key", API_KEY, *ENGINE_FLAGS],
-            env=environment(runner),
+            env=environment(runner, **env),
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,

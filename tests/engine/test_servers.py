@@ -1,8 +1,11 @@
 """Servers of other make: an operator's default and cap, speculative decoding, a pooling model."""
 
 import json
+import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import openai
@@ -41,6 +44,17 @@ def test_an_operators_default_and_cap_in_every_api_server() -> None:
         answer = server.http.post("/v1/messages", json=xargs | {"messages": messages})
         assert answer.status_code == 400
         assert "from 0 up to 7" in answer.text
+
+
+def test_a_machine_without_a_compiler_answers_with_logprobs(tmp_path: Path) -> None:
+    compilers = re.compile(r".*(g\+\+|gcc|clang).*|cc|c\+\+|c[89]9.*")
+    names = {tool.name for tool in Path("/usr/bin").iterdir() if not compilers.fullmatch(tool.name)}
+    for name in names:
+        (tmp_path / name).symlink_to(Path("/usr/bin", name))
+    path = os.pathsep.join([str(Path(sys.executable).parent), str(tmp_path)])
+    with serve(PATH=path, TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "cache")) as server:
+        assert complete(server, logprobs=2, max_tokens=4)
+        assert complete(server, logprobs=2, max_tokens=4, extra_body={"em_inf": True})
 
 
 def test_v1_with_speculative_decoding_refuses_em_inf() -> None:
