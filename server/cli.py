@@ -13,6 +13,8 @@ from em_sampler.supported import check_vllm_version
 
 # The plugin groups that VLLM_PLUGINS filters, besides the endpoint plugins: vllm/plugins/__init__.py.
 FILTERED_GROUPS = ("general", "platform", "io_processor", "stat_logger")
+HELP = """vLLM's OpenAI-compatible server with entropy minimisation (EM-INF) inside its sampler. Without MODEL it serves
+the demo model. Flags are those of `vllm serve` and --help=em_inf; --help=all shows them all, --help=WORD finds some."""
 # A small model on any machine: no compilation at start-up; and no chunked prefill, in which vLLM 0.32's V1 runner dies
 # on the CPU when the request has a seed (docs/findings/upstream.md). Flags given by the user come later and win.
 DEMO_FLAGS = ("--served-model-name", "demo", "--enforce-eager", "--no-enable-chunked-prefill")
@@ -38,7 +40,7 @@ def serve(argv: list[str]) -> None:
     command = ServeSubcommand()
     parser = FlexibleArgumentParser(prog="em-serve", description=__doc__)  # type: ignore[no-untyped-call]
     serve_parser = command.subparser_init(parser.add_subparsers(required=True, dest="subparser"))
-    serve_parser.prog, serve_parser.usage = "em-serve", "em-serve [MODEL] [options]"
+    serve_parser.prog, serve_parser.usage, serve_parser.description = "em-serve", "em-serve [MODEL] [options]", HELP
     _add_flags(serve_parser)
     args = parser.parse_args(["serve", *argv])
     if args.model_tag is None and args.model == serve_parser.get_default("model"):
@@ -57,7 +59,7 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--em-inf-default",
         metavar="JSON",
-        help="Settings for requests that say nothing, such as '{\"threshold\": 0.3}' or true. Default: none.",
+        help="Settings for requests that say nothing, such as '{\"threshold\": 0.3}' or true.",
     )
     group.add_argument(
         "--em-inf-max-steps",
@@ -65,7 +67,7 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
         default=MAX_STEPS,
         choices=range(MAX_STEPS + 1),
         metavar="N",
-        help=f"Most gradient steps per token that a request may ask for, 0 to {MAX_STEPS}. Default: {MAX_STEPS}.",
+        help=f"Most gradient steps per token that a request may ask for, 0 to {MAX_STEPS}.",
     )
 
 
