@@ -1,0 +1,180 @@
+"""Every place where this project touches vLLM: edit it with the code, and docs/vllm-surface.md with it."""
+
+from compat.checks import Check, Touch, asks_for, contains, has, matches, signature, value
+from compat.sources import METADATA, Sources
+
+PLUGIN, V1, V2 = "em_sampler/plugin.py", "em_sampler/vllm_v1.py", "em_sampler/vllm_v2.py"
+CLI, ENDPOINTS, PROTOCOL = "server/cli.py", "server/plugin.py", "server/protocol.py"
+
+CONFIG, SAMPLING, SERVE = "vllm/config/__init__.py", "vllm/sampling_params.py", "vllm/entrypoints/cli/serve.py"
+V1_LOADER, V1_INTERFACE = (f"vllm/v1/sample/logits_processor/{name}.py" for name in ("__init__", "interface"))
+V2_LOADER, V2_INTERFACE = (f"vllm/v1/worker/gpu/sample/logits_processor/{name}.py" for name in ("loader", "interface"))
+V1_SAMPLER, V2_SAMPLER = "vllm/v1/sample/sampler.py", "vllm/v1/worker/gpu/sample/sampler.py"
+PLUGINS, ENDPOINT_PLUGINS = "vllm/plugins/__init__.py", "vllm/plugins/endpoint_plugins/interface.py"
+ROUTES = "vllm/entrypoints"  # our code finds routes by path, so they may be in any module of it
+
+V2_BUILD, V2_VALIDATE = "build_custom_logits_processors", "build_custom_logits_processors_params_validator"
+GROUPS = ("endpoint", "general", "io_processor", "platform", "stat_logger")
+CHAT, COMPLETIONS, RESPONSES = "/v1/chat/completions", "/v1/completions", "/v1/responses"
+XARGS = "self.vllm_xargs if self.vllm_xargs else {}"
+
+# (our file, vLLM's file): what is used, and what we rely on.
+SURFACE: dict[tuple[str, str], dict[Check, str]] = {
+    # What vLLM loads as a logits processor.
+    (PLUGIN, SAMPLING): {
+        has("SamplingParams", "extra_args", "sampling_type"): "where a request's settings arrive",
+        has("SamplingType", "GREEDY"): "a greedy request is left alone",
+    },
+    (PLUGIN, V1_LOADER): {
+        value("LOGITSPROCS_GROUP", "'vllm.logits_processors'"): "the group of our entry point",
+        contains("build_logitsprocs", "ctor(vllm_config, device, is_pin_memory)"): "three arguments: the V1 runner",
+        contains("validate_logits_processors_parameters", "logits_procs.validate_params(sampling_params)"): "HTTP 400",
+    },
+    (PLUGIN, V2_LOADER): {
+        value("LOGITSPROCS_GROUP", "'vllm.logits_processors'"): "the same group, so one class for both",
+        contains("_load_v2_logitsprocs_plugins", "issubclass(cls, LogitsProcessor)"): "why it has two bases",
+        contains(V2_BUILD, "ctor(vllm_config, lp_req_state)"): "two arguments: the V2 runner",
+        contains(V2_VALIDATE, "cls.validate_params(sampling_params)"): "HTTP 400",
+    },
+    (PLUGIN, V1_INTERFACE): {signature("LogitsProcessor.validate_params(cls, sampling_params)"): "our validation"},
+    (PLUGIN, V2_INTERFACE): {signature("LogitsProcessor.validate_params(cls, sampling_params)"): "our validation"},
+    # The V1 runner.
+    (V1, CONFIG): {
+        signature("VllmConfig.model_config.get_vocab_size(self)"): "columns of the logits",
+        has("VllmConfig.scheduler_config", "max_num_seqs"): "most rows of the logits",
+    },
+    (V1, V1_INTERFACE): {
+        asks_for("LogitsProcessor", "__init__", "apply", "is_argmax_invariant", "update_state"): "we have these four",
+        signature("LogitsProcessor.__init__(self, vllm_config, device, is_pin_memory)"): "the constructor",
+        signature("LogitsProcessor.is_argmax_invariant(self)"): "False keeps us before the temperature",
+        signature("LogitsProcessor.update_state(self, batch_update)"): "rows follow the batch",
+        signature("LogitsProcessor.apply(self, logits)"): "the transform's place",
+        has("BatchUpdate", "removed", "added", "moved"): "read in this order",
+        value("RemovedRequest", "int"): "a row",
+        value("AddedRequest", "tuple[int, SamplingParams, list[int] | None, list[int]]"): "row and settings come first",
+        value("MovedRequest", "tuple[int, int, MoveDirectionality]"): "source, target, how",
+        has("MoveDirectionality", "SWAP"): "anything else moves one way",
+    },
+    (V1, "vllm/v1/worker/gpu_input_batch.py"): {
+        contains("InputBatch.refresh_metadata", "logit_proc.update_state(batch_update)"): "called when rows change",
+    },
+    (V1, V1_SAMPLER): {
+        contains(
+            "Sampler.forward", "logits = logits.to(torch.float32)", "self.apply_logits_processors", "self.sample"
+        ): "in float32, before the temperature",
+        contains("Sampler.apply_logits_processors", "sampling_metadata.logitsprocs.non_argmax_invariant"): "our list",
+        contains("Sampler.apply_logits_processors", "logits = processor.apply(logits)"): "how we are called",
+    },
+    # The V2 runner.
+    (V2, SAMPLING): {has("SamplingParams", "extra_args"): "what `add_request` is handed"},
+    (V2, CONFIG): {has("VllmConfig", "num_speculative_tokens"): "a row more for each draft token"},
+    (V2, V2_INTERFACE): {
+        asks_for("LogitsProcessor", "apply"): "we have it",
+        signature("LogitsProcessor.__init__(self, vllm_config, req_states)"): "the constructor",
+        signature("LogitsProcessor.add_request(self, req_idx, sampling_params)"): "a slot's new request",
+        signature("LogitsProcessor.apply_staged_writes(self)"): "where the table goes to the device",
+        signature("LogitsProcessor.apply(self, logits, ctx)"): "the transform's place",
+        has("LogitsProcRequestState", "max_num_reqs", "device", "vocab_size"): "sizes and device",
+        has("LogitsContext", "idx_mapping_np", "expanded_idx_mapping"): "requests to slots, rows to slots",
+    },
+    (V2, V2_SAMPLER): {
+        contains(
+            "Sampler.add_request", "needs_processing |= processor.add_request(req_idx, sampling_params)"
+        ): "for every new request; False spares the float32 copy",
+        contains("Sampler.apply_staged_writes", "processor.apply_staged_writes()"): "in every step, before it samples",
+        contains(
+            "Sampler.apply_sampling_params",
+            "dtype=torch.float32",
+            "logits = processor.apply(logits, ctx)",
+            "self.sampling_states.apply_temperature",
+        ): "in float32, before the temperature",
+    },
+    (V2, "vllm/v1/worker/gpu/spec_decode/rejection_sampler.py"): {
+        contains("RejectionSampler._verify", "self.sampler.apply_sampling_params"): "draft tokens pass through us too",
+    },
+    # The command line.
+    (CLI, SERVE): {
+        contains("cmd_init", "ServeSubcommand()"): "vLLM's own `serve`, made without arguments",
+        signature("ServeSubcommand.subparser_init(self, subparsers)"): "its flags, to which ours are added",
+        signature("ServeSubcommand.validate(self, args)"): "its checks",
+        signature("ServeSubcommand.cmd(args)"): "runs until it is told to stop",
+        contains("ServeSubcommand.cmd", "getattr(args, 'grpc', False)"): "would bypass our routes: refused",
+        contains("ServeSubcommand.cmd", "envs.VLLM_USE_RUST_FRONTEND"): "would bypass our routes: refused",
+        contains("make_arg_parser", "'model_tag'"): "None where the user names no model",
+    },
+    (CLI, "vllm/engine/arg_utils.py"): {
+        contains("EngineArgs.add_cli_args", f"'--{flag}'"): "how the demo model is served"
+        for flag in ("model", "served-model-name", "enforce-eager", "enable-chunked-prefill")
+    },
+    (CLI, "vllm/utils/argparse_utils.py"): {
+        signature("FlexibleArgumentParser.__init__(self, *args, **kwargs)"): "the outer parser",
+        signature(
+            "FlexibleArgumentParser.parse_args(self, args=None, namespace=None)"
+        ): "`serve`, then the user's flags",
+    },
+    (CLI, "vllm/envs.py"): {
+        contains("environment_variables", "'VLLM_PLUGINS'"): "set before vLLM starts",
+        contains("environment_variables", "'VLLM_WORKER_MULTIPROC_METHOD'"): "set before vLLM starts",
+        contains("environment_variables", "'VLLM_USE_RUST_FRONTEND'"): "read before vLLM starts",
+    },
+    (CLI, PLUGINS): {
+        matches('"vllm[.]([a-z_]+)_plugins"', *GROUPS): "FILTERED_GROUPS, and the endpoint plugins",
+        contains("load_plugins_by_group", "envs.VLLM_PLUGINS"): "filters every group",
+        contains("load_plugins_by_group", "plugin.name in allowed_plugins"): "by the entry point's name",
+    },
+    # The endpoint plugin.
+    (ENDPOINTS, PLUGINS): {
+        contains("load_endpoint_plugins", "envs.VLLM_PLUGINS"): "loaded only if named there",
+        contains(
+            "load_endpoint_plugins", "plugin = factory()", "plugin.required_tasks"
+        ): "ours has None: always loaded",
+    },
+    (ENDPOINTS, ENDPOINT_PLUGINS): {
+        asks_for("EndpointPlugin", "name", "required_tasks", "attach_router", "init_state"): "we have these four",
+        signature("EndpointPlugin.attach_router(self, app)"): "our routes",
+        signature("EndpointPlugin.init_state(self, engine_client, state, args)"): "our state",
+        contains("attach_endpoint_plugins", "plugin.attach_router(app)"): "how it is called",
+        contains("init_endpoint_plugins_state", "plugin.init_state(engine_client, state, args)"): "how it is called",
+    },
+    (ENDPOINTS, "vllm/entrypoints/launchers/app.py"): {
+        contains("build_app", "register_api_routers", "attach_endpoint_plugins"): "the core routes are there by then",
+    },
+    (ENDPOINTS, METADATA): {
+        matches("^Requires-Dist: fastapi.*(<0[.]137)", "<0.137"): "up to 0.136 `app.router.routes` is a flat list",
+    },
+    (ENDPOINTS, ROUTES): {
+        signature(f"{path}(request, raw_request)"): "the handler, found by the route's path and wrapped"
+        for path in (CHAT, COMPLETIONS, RESPONSES)
+    },
+    (ENDPOINTS, "vllm/engine/protocol.py"): {
+        has("EngineClient.vllm_config", "model_config", "speculative_config", "use_v2_model_runner"): "can em_inf work",
+    },
+    (ENDPOINTS, "vllm/config/model.py"): {
+        contains("ModelConfig.__post_init__", "self.runner_type == 'pooling'"): "a pooling model samples no tokens",
+    },
+    (ENDPOINTS, V1_LOADER): {contains("build_logitsprocs", "vllm_config.speculative_config"): "where V1 drops us"},
+    (ENDPOINTS, "vllm/exceptions.py"): {
+        signature("VLLMValidationError.__init__(self, message, *, parameter=None, value=None)"): "HTTP 400",
+    },
+    # The request models, which we know by their fields alone.
+    (PROTOCOL, ROUTES): {
+        has(f"{CHAT}.request", "vllm_xargs", "use_beam_search"): "where settings go; what they conflict with",
+        has(f"{COMPLETIONS}.request", "vllm_xargs", "use_beam_search"): "the same",
+        has(f"{RESPONSES}.request", "vllm_xargs"): "the same; it has no beam search",
+        contains(f"{CHAT}.request.to_sampling_params", XARGS, "extra_args=extra_args or None"): "settings reach us",
+        contains(f"{COMPLETIONS}.request.to_sampling_params", XARGS, "extra_args=extra_args or None"): "the same",
+        contains(f"{RESPONSES}.request.to_sampling_params", XARGS, "extra_args=extra_args"): "the same",
+        **{
+            value(f"{path}.request.model_config", "ConfigDict(extra='allow')"): "assigned values are not validated"
+            for path in (CHAT, COMPLETIONS, RESPONSES)
+        },
+    },
+}
+TOUCHPOINTS = tuple(
+    Touch(*files, check, relied) for files, checks in SURFACE.items() for check, relied in checks.items()
+)
+
+
+def misfits(sources: Sources) -> list[str]:
+    """One line for each touch point that these sources do not fit."""
+    return [f"{sources.release}: {line}" for touch in TOUCHPOINTS if (line := touch.misfit(sources))]
