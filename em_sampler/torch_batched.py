@@ -209,7 +209,8 @@ class BatchedTransform:
         log_t = low
         for _ in range(NEWTON_STEPS):
             excess = entropy_at(log_t) - target
-            variance = pc.mul_(c).sum(1, keepdim=True) - (p * c).sum(1, keepdim=True) ** 2
+            mean = pc.sum(1, keepdim=True)
+            variance = pc.mul_(c).sum(1, keepdim=True) - mean**2
             log_t = torch.minimum(torch.maximum(log_t - excess / variance.clamp_min(1e-30), low), high)
         log_t = torch.where(hottest, params["max_t"].log(), log_t)
         h = entropy_at(log_t)

@@ -1,0 +1,94 @@
+"""The training script: what the loss falls on, the schedule, the seed, and the folder it writes."""
+
+import json
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+
+from demo.conversations import training_stream
+from demo.tokenizer import END_ID, PAD_ID, build_tokenizer
+from demo.train import (
+    BATCH,
+    IGNORED,
+    PEAK_RATE,
+    WARMUP_STEPS,
+    Batch,
+    batches,
+    build_model,
+    learning_rate,
+    loss_of,
+    save,
+    train,
+)
+
+BATCHES = list(islice(batches(seed=3), 70))  # more than one pool
+
+
+def test_a_target_is_the_next_token() -> None:
+    for tokens, targets in BATCHES:
+        following = torch.nn.functional.pad(tokens[:, 1:], (0, 1), value=PAD_ID)
+        following[following == PAD_ID] = END_ID  # a conversation's last token is only ever a target
+        counted = targets != IGNORED
+        assert counted.any()
+        assert torch.equal(targets[counted], following[counted])
+
+
+def test_the_loss_falls_on_replies_and_their_end_alone() -> None:
+    tokenizer = build_tokenizer()
+    replies = {
+        turn.text for turns in islice(training_stream(seed=3), 70 * BATCH) for turn in turns if turn.role == "assistant"
+    }
+    for _, targets in BATCHES[:10]:
+        for row in targets.tolist():
+            learnt = [token for token in row if token != IGNORED]
+            assert learnt[-1] == END_ID
+            for reply in str(tokenizer.decode(learnt)).split("<|im_end|>")[:-1]:
+                assert reply in replies
+
+
+def test_padding_is_never_learnt_and_rare() -> None:
+    for tokens, targets in BATCHES:
+        assert not (targets == PAD_ID).any()
+        assert (targets[tokens == PAD_ID] == IGNORED).all()
+    padded = sum(int((tokens == PAD_ID).sum()) for tokens, _ in BATCHES)
+    assert padded < 0.1 * sum(tokens.numel() for tokens, _ in BATCHES)
+
+
+def test_padding_does_not_change_the_loss() -> None:
+    torch.manual_seed(0)
+    model = build_model()
+    batch = BATCHES[0]
+    wider = Batch(
+        torch.nn.functional.pad(batch.tokens, (0, 9), value=PAD_ID),
+        torch.nn.functional.pad(batch.targets, (0, 9), value=IGNORED),
+    )
+    assert loss_of(model, wider).item() == pytest.approx(loss_of(model, batch).item(), rel=1e-3)
+
+
+def test_the_rate_rises_to_its_peak_and_falls_to_nearly_nothing() -> None:
+    rates = [learning_rate(step, 1000) for step in range(1000)]
+    assert max(rates) == pytest.approx(PEAK_RATE)
+    assert rates[:WARMUP_STEPS] == sorted(rates[:WARMUP_STEPS])
+    assert rates[WARMUP_STEPS:] == sorted(rates[WARMUP_STEPS:], reverse=True)
+    assert 0 < rates[-1] < 0.03 * PEAK_RATE
+
+
+def test_training_is_seeded_and_saves_what_a_server_needs(tmp_path: Path) -> None:
+    first, again, other = (train(steps=2, seed=seed) for seed in (1, 1, 2))
+    weights = [torch.cat([p.detach().flatten() for p in model.parameters()]) for model in (first, again, other)]
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
+    save(first, tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "bfloat16"
+    assert json.loads((tmp_path / "generation_config.json").read_text())["eos_token_id"] == END_ID
+    assert (tmp_path / "tokenizer.json").exists() and (tmp_path / "model.safetensors").exists()
+
+
+def test_a_few_steps_lower_the_loss() -> None:
+    torch.manual_seed(1)
+    untrained, trained = build_model(), train(steps=12, seed=1)
+    with torch.inference_mode():
+        before, after = (float(loss_of(model, BATCHES[0])) for model in (untrained, trained))
+    assert after < before - 0.3
