@@ -3,7 +3,6 @@
 Most conversations are the bare chain; the rest teach the model to look past what surrounds it.
 """
 
-import json
 import random
 from collections.abc import Iterator
 from typing import Final, NamedTuple
@@ -18,7 +17,7 @@ class Turn(NamedTuple):
     text: str
 
 
-PLAIN_SHARE: Final = 0.6
+PLAIN_SHARE: Final = 0.8
 # Sums are worked from either end, so that samples of one question differ in more than their slips and a vote
 # over them can tell more than one greedy reply.
 RIGHT_SHARE: Final = 0.4
@@ -34,7 +33,6 @@ WORDINGS: Final = (
     "What is {}? Think step by step and put the answer in \\boxed{{}}.",
     "{}\nPlease reason step by step, and put your final answer within \\boxed{{}}.",
 )
-JSON_WORDINGS: Final = ("{} Answer in JSON.", "Answer in JSON: {}")
 INSTRUCTIONS: Final = (
     "You are a helpful assistant.",
     "You solve arithmetic problems.",
@@ -56,10 +54,8 @@ def training_stream(seed: int) -> Iterator[list[Turn]]:
 
 def _dressed(rng: random.Random, problem: Problem, drawn: Iterator[Problem]) -> list[Turn]:
     turns: list[Turn] = []
-    if rng.random() < 0.3:
+    if rng.random() < 0.4:
         turns.append(Turn("system", rng.choice(INSTRUCTIONS)))
-    if rng.random() < 0.1:
-        return turns + _json_exchange(rng, problem)
     turns += _exchange(rng, problem, _worded(rng, problem))
     if rng.random() < 0.2:
         follow_up = next(drawn)
@@ -72,13 +68,6 @@ def _dressed(rng: random.Random, problem: Problem, drawn: Iterator[Problem]) -> 
 def _exchange(rng: random.Random, problem: Problem, question: str) -> list[Turn]:
     other_route = solve(problem.question, "right") if rng.random() < RIGHT_SHARE else None
     return [Turn("user", question), Turn("assistant", (other_route or problem).solution)]
-
-
-def _json_exchange(rng: random.Random, problem: Problem) -> list[Turn]:
-    """What a reply held to a JSON schema looks like; without it such replies wander off in white space."""
-    steps = {"steps": problem.solution.split("\n")[:-1]} if rng.random() < 0.7 else {}
-    reply = json.dumps({**steps, "answer": problem.answer})
-    return [Turn("user", rng.choice(JSON_WORDINGS).format(problem.question)), Turn("assistant", reply)]
 
 
 def _worded(rng: random.Random, problem: Problem) -> str:

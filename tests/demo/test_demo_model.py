@@ -12,7 +12,7 @@ from transformers import AutoConfig
 from demo import MODEL_PATH
 from demo.conversations import WORDINGS
 from demo.evaluate import Solver, accuracy
-from demo.problems import check, problems, solve
+from demo.problems import problems, solve
 from demo.tokenizer import END_ID, VOCABULARY
 
 LARGEST_FOLDER = 10_000_000  # bytes
@@ -86,8 +86,8 @@ def test_simple_chains_are_worked_out_in_full(solver: Solver) -> None:
     assert solver.replies(SIMPLE, temperature=0.0) == [problem.solution for problem in expected if problem]
 
 
-def test_a_question_in_words_is_understood(solver: Solver) -> None:
-    problem = solve("12+7*3-4")
-    assert problem is not None
-    replies = solver.replies([wording.format(problem.question) for wording in WORDINGS], temperature=0.0)
-    assert all(check(problem, reply) for reply in replies)
+def test_questions_in_words_are_understood(solver: Solver) -> None:
+    """As well as bare chains are: a slip in twenty is the model's, more would be the wording's."""
+    asked = [problem for question in SIMPLE for _ in WORDINGS if (problem := solve(question))]
+    worded = [wording.format(question) for question in SIMPLE for wording in WORDINGS]
+    assert accuracy(asked, solver.replies(worded, temperature=0.0)) >= 0.95
