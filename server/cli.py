@@ -15,9 +15,13 @@ from em_sampler.supported import check_vllm_version
 FILTERED_GROUPS = ("general", "platform", "io_processor", "stat_logger")
 HELP = """vLLM's OpenAI-compatible server with entropy minimisation (EM-INF) inside its sampler. Without MODEL it serves
 the demo model. Flags are those of `vllm serve` and --help=em_inf; --help=all shows them all, --help=WORD finds some."""
-# A small model on any machine: no compilation at start-up; and no chunked prefill, in which vLLM 0.32's V1 runner dies
-# on the CPU when the request has a seed (docs/findings/upstream.md). Flags given by the user come later and win.
-DEMO_FLAGS = ("--served-model-name", "demo", "--enforce-eager", "--no-enable-chunked-prefill")
+# A small model on any machine, so no compilation at start-up; no chunked prefill, in which vLLM 0.32's V1 runner on the
+# CPU dies when the request has a seed (docs/findings/upstream.md); and no free white space in JSON, where a model that
+# knows only sums would stay until it runs out of tokens. Flags given by the user come later and win.
+DEMO_FLAGS = (
+    *("--served-model-name", "demo", "--enforce-eager", "--no-enable-chunked-prefill"),
+    *("--structured-outputs-config", '{"backend": "xgrammar", "disable_any_whitespace": true}'),
+)
 
 
 def main() -> None:

@@ -103,7 +103,7 @@ async def refuse_em_inf(raw_request: Request) -> None:
         body = await raw_request.json()
     except (ValueError, RecursionError):
         return  # the route itself says what is wrong with it
-    if isinstance(body, dict) and body.get(EXTRA_ARGS_KEY):
+    if isinstance(body, dict) and body.get(EXTRA_ARGS_KEY) not in (None, False):
         settings: Settings = raw_request.app.state.em_inf
         reason = settings.unavailable or f"use one of {', '.join(SAMPLING_ROUTES)}"
         message = f"em_inf is not supported on {raw_request.url.path}: {reason}"

@@ -72,7 +72,7 @@ def apply_em_inf(request: Any, settings: Settings) -> None:
     flat = {key: xargs.pop(key) for key in list(xargs) if key == EXTRA_ARGS_KEY or key.startswith(FLAT_PREFIX)}
     params = _resolve(request.em_inf, flat, settings)
     if params and (conflict := settings.unavailable or _conflict(request)):
-        if request.em_inf or flat:
+        if request.em_inf is not None or flat:
             raise ParamsError(f"body.{EXTRA_ARGS_KEY}", conflict)
         params = None  # only the operator's default, which gives way
     if params:

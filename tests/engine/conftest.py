@@ -21,7 +21,6 @@ STRESS_FLAGS = (
         "32",
     ),
     *("--max-logprobs", "-1"),
-    *("--structured-outputs-config", '{"backend": "xgrammar", "disable_any_whitespace": true}'),
 )
 
 

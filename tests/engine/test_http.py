@@ -202,16 +202,17 @@ def test_both_forms_at_once_are_refused(client: openai.OpenAI) -> None:
         chat(client, {"steps": 3}, extra_body={"vllm_xargs": {"em_inf_steps": 3}})
 
 
-def test_beam_search_is_refused(client: openai.OpenAI) -> None:
+@pytest.mark.parametrize("em_inf", [True, {}, {"steps": 3}])
+def test_beam_search_is_refused(client: openai.OpenAI, em_inf: Any) -> None:
     with pytest.raises(openai.BadRequestError, match="beam search does not sample") as caught:
-        chat(client, True, n=2, temperature=0, extra_body={"use_beam_search": True})
+        chat(client, em_inf, n=2, temperature=0, extra_body={"use_beam_search": True})
     assert caught.value.param == "body.em_inf"
     answer = chat(client, False, n=2, temperature=0, extra_body={"use_beam_search": True})
     assert len(answer.choices) == 2
 
 
 def test_routes_that_do_not_sample_say_so(v1: Server) -> None:
-    answer = v1.http.post("/tokenize", json={"model": "demo", "prompt": "7", "em_inf": True})
+    answer = v1.http.post("/tokenize", json={"model": "demo", "prompt": "7", "em_inf": {}})
     assert answer.status_code == 400
     assert answer.json()["error"]["param"] == "body.em_inf"
     assert "/v1/chat/completions" in answer.json()["error"]["message"]
