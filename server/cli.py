@@ -49,6 +49,7 @@ def serve(argv: list[str]) -> None:
     args = parser.parse_args(["serve", *argv])
     if args.model_tag is None and args.model == serve_parser.get_default("model"):
         args = parser.parse_args(["serve", str(demo.MODEL_PATH), *DEMO_FLAGS, *argv])
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB; vLLM would take nearly all of the machine's memory
         if shutil.which("g++") is None:  # vLLM compiles what it needs for logprobs, eager or not, and dies without one
             os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     if getattr(args, "grpc", False):

@@ -67,7 +67,7 @@ def test_bytes_beyond_ascii_spell_alike() -> None:
 
 
 def test_a_conversation_renders() -> None:
-    messages = [
+    messages: list[dict[str, Any]] = [
         {"role": "system", "content": "Be exact."},
         {"role": "user", "content": [{"type": "text", "text": "1+"}, {"type": "text", "text": "2"}]},
         {"role": "assistant", "content": "3"},

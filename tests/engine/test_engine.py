@@ -21,7 +21,7 @@ ADAPTIVE = {"method": "adaptive_temperature", "ratio": 0.4}
 STRONG = {"threshold": 0.0, "steps": 64, "learning_rate": 10.0}  # nothing but the top token is left
 COLD = {"method": "adaptive_temperature", "ratio": 0.0, "threshold": 0.0, "min_temperature": 0.001}  # the same
 PROMPTS = [f"<|user|>{question}<|im_end|><|assistant|>" for question in ("58+17*3-29", "7*8-9", "91-45+6*7", "3+4")]
-UNSURE = "<|user|>Q"  # a prompt no model was trained on: its next character is open
+UNSURE = "Q"  # nothing the model was trained on: its next characters are open
 VOCABULARY = json.loads((demo.MODEL_PATH / "config.json").read_text())["vocab_size"]
 FULL_ROW = {"prompt": UNSURE, "max_tokens": 1, "seed": 2, "logprobs": VOCABULARY, "return_tokens_as_token_ids": True}
 

@@ -61,7 +61,7 @@ def test_chat_stream(client: openai.OpenAI, greedy: str) -> None:
 @pytest.mark.parametrize("stream", [False, True])
 def test_completions(client: openai.OpenAI, stream: bool) -> None:
     def run(**options: Any) -> list[str]:
-        prompts = ["<|user|>7*8-9<|im_end|><|assistant|>", "<|user|>3+4<|im_end|><|assistant|>"]
+        prompts = ["Q", "zq"]  # nothing the model was trained on: plain sampling strays
         answer: Any = client.completions.create(model="demo", prompt=prompts, max_tokens=12, seed=5, **options)
         if not options.get("stream"):
             return [choice.text for choice in answer.choices]

@@ -8,7 +8,7 @@ pytestmark = pytest.mark.engine
 
 
 def test_llm_honours_extra_args() -> None:
-    prompt = "<|user|>Q"  # nothing the model was trained on: plain sampling strays
+    prompt = "Q"  # nothing the model was trained on: plain sampling strays
     hot = {"temperature": 2.0, "seed": 1, "max_tokens": 20}
     strong = {"em_inf": {"threshold": 0.0, "steps": 64, "learning_rate": 10.0}}
     flat = {f"em_inf_{name}": value for name, value in strong["em_inf"].items()}

@@ -22,7 +22,7 @@ NGRAM = ("--speculative-config", json.dumps({"method": "ngram", "num_speculative
 def complete(server: Server, **options: Any) -> str:
     """A completion of what the model was not trained on, hot: only a strong method makes it greedy."""
     settings: dict[str, Any] = {"temperature": 2.0, "seed": 3, "max_tokens": 20} | options
-    return server.client.completions.create(model="demo", prompt="<|user|>Q", **settings).choices[0].text
+    return server.client.completions.create(model="demo", prompt="Q", **settings).choices[0].text
 
 
 def test_an_operators_default_and_cap_in_every_api_server() -> None:
