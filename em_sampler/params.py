@@ -137,9 +137,14 @@ def capped(params: Params | None, max_steps: int) -> Params | None:
     if not isinstance(params, EMInfParams) or params.steps <= max_steps:
         return params
     if "steps" in params.model_fields_set:
-        problem = f"got {params.steps}; this server allows an integer from 0 up to {max_steps}"
-        raise ParamsError(f"{EXTRA_ARGS_KEY}.steps", problem)
+        raise steps_above(params, max_steps)
     return params.model_copy(update={"steps": max_steps})
+
+
+def steps_above(params: EMInfParams, max_steps: int) -> ParamsError:
+    """The error for more steps than a server allows."""
+    problem = f"got {params.steps}; this server allows an integer from 0 up to {max_steps}"
+    return ParamsError(f"{EXTRA_ARGS_KEY}.steps", problem)
 
 
 def _from_mapping(settings: Mapping[str, Any]) -> Params:

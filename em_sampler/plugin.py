@@ -5,7 +5,7 @@ Also loaded by the frontend, with no GPU visible, to validate requests: nothing 
 
 from typing import Any, ClassVar
 
-from em_sampler.params import MAX_STEPS, Params, capped, from_extra_args
+from em_sampler.params import MAX_STEPS, EMInfParams, Params, from_extra_args, steps_above
 from em_sampler.supported import check_vllm_version
 
 check_vllm_version()  # before the imports that an unsupported release may not survive
@@ -45,5 +45,10 @@ class EMInfLogitsProcessor(V1LogitsProcessor, V2LogitsProcessor):  # type: ignor
 
     @classmethod
     def validate_params(cls, sampling_params: SamplingParams) -> None:
-        """Refuse a request whose settings cannot be used, before it reaches the engine (HTTP 400)."""
-        capped(from_extra_args(sampling_params.extra_args), cls.max_steps)
+        """Refuse a request whose settings cannot be used, before it reaches the engine (HTTP 400).
+
+        The worker reads the request as it is, so a default above the cap cannot be lowered here: it is refused too.
+        """
+        params = from_extra_args(sampling_params.extra_args)
+        if isinstance(params, EMInfParams) and params.steps > cls.max_steps:
+            raise steps_above(params, cls.max_steps)

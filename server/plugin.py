@@ -37,7 +37,8 @@ class Route(APIRoute):
             try:
                 return await handle(request)
             except HTTPException as error:
-                if error.status_code != HTTPStatus.BAD_REQUEST:
+                # FastAPI's own subclass, which handlers raise, has a handler in vLLM; Starlette's has none.
+                if type(error) is not HTTPException or error.status_code != HTTPStatus.BAD_REQUEST:
                     raise
                 raise VLLMValidationError(error.detail, parameter="body") from None
 

@@ -122,3 +122,14 @@ def test_nothing_is_done_without_work(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_it_runs_before_the_temperature() -> None:
     assert v1().is_argmax_invariant() is False
+
+
+@pytest.mark.parametrize("extra_args", [{"em_inf_threshold": 0.2}, {"em_inf": True}, {"em_inf_steps": 4}])
+def test_the_cap_holds_for_defaults_too(monkeypatch: pytest.MonkeyPatch, extra_args: dict[str, Any]) -> None:
+    """The worker would use the default of 5 steps: on a route that does not lower it, the request is refused."""
+    sampling_params = SamplingParams(extra_args=extra_args)
+    EMInfLogitsProcessor.validate_params(sampling_params)
+    monkeypatch.setattr(EMInfLogitsProcessor, "max_steps", 3)
+    with pytest.raises(ValueError, match=r"em_inf\.steps: .*from 0 up to 3"):
+        EMInfLogitsProcessor.validate_params(sampling_params)
+    EMInfLogitsProcessor.validate_params(SamplingParams(extra_args={"em_inf_steps": 3}))

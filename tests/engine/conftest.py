@@ -10,16 +10,10 @@ from tests.engine.launch import Server, serve
 # CPU, vLLM 0.32's V1 runner dies where a request with a seed is prefilled in chunks (docs/findings/upstream.md): the
 # tests give no seed to more than 128 tokens of prompt at a time.
 STRESS_FLAGS = (
-    *(
-        "--max-num-batched-tokens",
-        "128",
-        "--max-num-seqs",
-        "16",
-        "--num-gpu-blocks-override",
-        "16",
-        "--block-size",
-        "32",
-    ),
+    *("--max-num-batched-tokens", "128"),
+    *("--max-num-seqs", "16"),
+    *("--num-gpu-blocks-override", "16"),
+    *("--block-size", "32"),
     *("--max-logprobs", "-1"),
 )
 

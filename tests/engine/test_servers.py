@@ -94,6 +94,7 @@ def test_a_pooling_model_refuses_em_inf() -> None:
         (["--em-inf-default", '{"steps": 9}', "--em-inf-max-steps", "8"], {}, "got 9; this server allows"),
         (["--em-inf-max-steps", "65"], {}, "--em-inf-max-steps"),
         ([], {"VLLM_USE_RUST_FRONTEND": "1"}, "unset it"),
+        (["--grpc"], {}, "without this server's routes"),
         (["--logits-processors", "em_sampler.plugin:EMInfLogitsProcessor"], {}, "drop it"),
     ],
 )
