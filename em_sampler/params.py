@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 EXTRA_ARGS_KEY = "em_inf"
 FLAT_PREFIX = "em_inf_"
+REPORT_KEY = "em_report"  # beside it in extra_args, set by the server alone: where statistics go (telemetry.Report)
 
 MAX_THRESHOLD = 20.0  # nats; above the entropy of any vocabulary in use (ln 10^8 = 18.4)
 MAX_STEPS = 64
@@ -23,6 +24,10 @@ Temperature = Annotated[float, Field(ge=MIN_TEMPERATURE, le=MAX_TEMPERATURE, all
 
 class _Params(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+    stats: Literal["none", "summary", "tokens"] = Field(
+        default="none", description="Entropies in the response: none, means over each choice, or every token's as well."
+    )
 
 
 class EMInfParams(_Params):
@@ -66,11 +71,18 @@ class AdaptiveTemperatureParams(_Params):
         return self
 
 
-Params = EMInfParams | AdaptiveTemperatureParams
+class MeasureParams(_Params):
+    """Measure each token's entropy and change nothing: the baseline that other methods are held against."""
 
-METHODS: dict[str, type[EMInfParams] | type[AdaptiveTemperatureParams]] = {
+    method: Literal["none"] = "none"
+
+
+Params = EMInfParams | AdaptiveTemperatureParams | MeasureParams
+
+METHODS: dict[str, type[Params]] = {
     "em_inf": EMInfParams,
     "adaptive_temperature": AdaptiveTemperatureParams,
+    "none": MeasureParams,
 }
 
 
@@ -99,7 +111,7 @@ def parse(value: object, default: Params | None = None) -> Params | None:
         return default or EMInfParams()
     if value is False:
         return None
-    if isinstance(value, EMInfParams | AdaptiveTemperatureParams):
+    if isinstance(value, Params):
         return value
     if not isinstance(value, Mapping):
         raise ParamsError(EXTRA_ARGS_KEY, f"got {_shown(value)}; must be an object, true or false")

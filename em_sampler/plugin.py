@@ -5,7 +5,16 @@ Also loaded by the frontend, with no GPU visible, to validate requests: nothing 
 
 from typing import Any, ClassVar
 
-from em_sampler.params import MAX_STEPS, EMInfParams, Params, from_extra_args, steps_above
+from em_sampler.params import (
+    EXTRA_ARGS_KEY,
+    MAX_STEPS,
+    REPORT_KEY,
+    EMInfParams,
+    Params,
+    ParamsError,
+    from_extra_args,
+    steps_above,
+)
 from em_sampler.supported import check_vllm_version
 
 check_vllm_version()  # before the imports that an unsupported release may not survive
@@ -16,13 +25,16 @@ from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsProcessor
 
 
 def requested(sampling_params: SamplingParams) -> Params | None:
-    """What the sampler has to do for a request: nothing for a greedy one, since EM-INF keeps the argmax.
+    """What the sampler has to do for a request: nothing for a greedy one, whose token EM-INF keeps, unless its entropy
+    is asked for.
 
     Raises:
         ParamsError: (a ValueError, so that vLLM answers 400) for settings that cannot be used.
     """
     params = from_extra_args(sampling_params.extra_args)
-    return None if sampling_params.sampling_type == SamplingType.GREEDY else params
+    if params and sampling_params.sampling_type == SamplingType.GREEDY:
+        return params if params.stats != "none" or params.method == "none" else None
+    return params
 
 
 class EMInfLogitsProcessor(V1LogitsProcessor, V2LogitsProcessor):  # type: ignore[misc]  # the two bases differ by design
@@ -52,3 +64,6 @@ class EMInfLogitsProcessor(V1LogitsProcessor, V2LogitsProcessor):  # type: ignor
         params = from_extra_args(sampling_params.extra_args)
         if isinstance(params, EMInfParams) and params.steps > cls.max_steps:
             raise steps_above(params, cls.max_steps)
+        if params and params.stats != "none" and REPORT_KEY not in (sampling_params.extra_args or {}):
+            problem = f"got {params.stats!r}; statistics come with em-serve's completions, chat and responses alone"
+            raise ParamsError(f"{EXTRA_ARGS_KEY}.stats", problem)

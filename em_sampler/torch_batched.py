@@ -12,7 +12,14 @@ import torch
 from torch import Tensor
 
 from em_sampler.oracle import BETA1, BETA2, EPSILON
-from em_sampler.params import MAX_TEMPERATURE, MIN_TEMPERATURE, AdaptiveTemperatureParams, EMInfParams, Params
+from em_sampler.params import (
+    MAX_TEMPERATURE,
+    MIN_TEMPERATURE,
+    AdaptiveTemperatureParams,
+    EMInfParams,
+    MeasureParams,
+    Params,
+)
 
 # A batch is done in chunks of rows that fit a workspace of BUFFERS x this many float32: small enough for a CPU's outer
 # cache, large enough to fill a GPU.
@@ -28,7 +35,7 @@ FLOOR = -1e6
 HALVINGS = math.ceil(math.log2(math.log(MAX_TEMPERATURE / MIN_TEMPERATURE) / 1e-3))
 NEWTON_STEPS = 2
 
-NO_METHOD, EM_INF, ADAPTIVE = 0.0, 1.0, 2.0
+NO_METHOD, EM_INF, ADAPTIVE, MEASURE = 0.0, 1.0, 2.0, 3.0
 COLUMNS = ("method", "threshold", "steps", "learning_rate", "kl_weight", "adam", "ratio", "min_t", "max_t")
 
 
@@ -72,8 +79,8 @@ class RowParams:
 
 def encode(params: Params | None) -> list[float]:
     """One row of `RowParams.values`."""
-    if params is None:
-        return [NO_METHOD] + [0.0] * (len(COLUMNS) - 1)
+    if params is None or isinstance(params, MeasureParams):
+        return [NO_METHOD if params is None else MEASURE] + [0.0] * (len(COLUMNS) - 1)
     if isinstance(params, EMInfParams):
         adam = float(params.optimizer == "adam")
         return [EM_INF, params.threshold, params.steps, params.learning_rate, params.kl_weight, adam, 0.0, 0.0, 0.0]
@@ -115,14 +122,12 @@ class BatchedTransform:
         self.buffers = torch.empty(BUFFERS, self.chunk_rows, vocab_size, dtype=torch.float32, device=device)
         # On the CPU, rows with nothing to do are left out. Elsewhere that would wait for the device: they are masked.
         self.compact = device.type == "cpu"
-        self.passed_through = torch.zeros((), dtype=torch.int64, device=device)  # rows left alone for NaN or +inf
 
     @torch.no_grad()
     def __call__(self, logits: Tensor, params: RowParams) -> Transformed:
         """Transform `logits` [rows, vocab] float32 in place, row i by row i of `params`."""
         method, threshold = params["method"].squeeze(1), params["threshold"].squeeze(1)
         before = self._entropies(logits, method != NO_METHOD)
-        self.passed_through += ((method != NO_METHOD) & before.isnan()).sum()
         after = before.clone()
         steps = torch.zeros(len(before), dtype=torch.int32, device=logits.device)
         if params.max_steps:

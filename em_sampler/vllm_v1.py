@@ -3,27 +3,40 @@
 Contract: vllm/v1/sample/logits_processor/interface.py, vLLM 0.31 to 0.33. A row is a request; rows move.
 """
 
-from typing import Any
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 from vllm.config import VllmConfig
+from vllm.sampling_params import SamplingParams
 from vllm.v1.sample.logits_processor.interface import BatchUpdate, LogitsProcessor, MoveDirectionality
 
 from em_sampler.params import Params
 from em_sampler.plugin import requested
+from em_sampler.telemetry import Report, Telemetry
 from em_sampler.torch_batched import BatchedTransform, RowParams
+
+
+class Place(NamedTuple):
+    """A request that has something for us to do."""
+
+    params: Params
+    slot: int  # stays the same when its row moves
+    output: list[int]  # its tokens so far: vLLM's own list, which grows
 
 
 class V1Processor(LogitsProcessor):
     """Applies each request's method to its row. Runs after the grammar mask, bad words, min-tokens and logit bias."""
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device, is_pin_memory: bool) -> None:
+        rows, parallel = vllm_config.scheduler_config.max_num_seqs, vllm_config.parallel_config
         self.device = device
-        self.params: dict[int, Params] = {}  # row -> parameters, for rows that have any
+        self.places: dict[int, Place] = {}  # by row
+        self.free_slots = list(range(rows))
         self.packed: RowParams | None = None  # the same for the device; None when the batch has changed since
-        self.transform = BatchedTransform(
-            vllm_config.model_config.get_vocab_size(), device, vllm_config.scheduler_config.max_num_seqs
-        )
+        self.slots: Tensor  # int32 [rows], beside it
+        self.transform = BatchedTransform(vllm_config.model_config.get_vocab_size(), device, rows)
+        self.telemetry = Telemetry(rows, rows, device, reports=parallel.rank % parallel.tensor_parallel_size == 0)
 
     def is_argmax_invariant(self) -> bool:
         """False, although it is: vLLM would run an invariant processor after the temperature."""
@@ -35,26 +48,49 @@ class V1Processor(LogitsProcessor):
             return
         self.packed = None  # also when only plain requests moved: the number of rows may differ
         for row in batch_update.removed:
-            self.params.pop(row, None)
-        for row, sampling_params, *_ in batch_update.added:
-            self._place(row, requested(sampling_params))
+            self._leave(row)
+        for row, sampling_params, _, output in batch_update.added:
+            self._leave(row)
+            self._enter(row, sampling_params, output)
         for source, target, direction in batch_update.moved:
-            moved, displaced = self.params.pop(source, None), self.params.pop(target, None)
-            self._place(target, moved)
-            if direction == MoveDirectionality.SWAP:
-                self._place(source, displaced)
+            moved, displaced = self.places.pop(source, None), self.places.pop(target, None)
+            if moved:
+                self.places[target] = moved
+            if displaced and direction == MoveDirectionality.SWAP:
+                self.places[source] = displaced
+            elif displaced:
+                self._release(displaced)
 
-    def apply(self, logits: torch.Tensor) -> torch.Tensor:
+    def apply(self, logits: Tensor) -> Tensor:
         """Transform `logits` [requests, vocab] float32 in place."""
-        if not self.params:
+        if not self.places:
             return logits
         if self.packed is None or len(self.packed.values) != len(logits):
-            self.packed = RowParams.of([self.params.get(row) for row in range(len(logits))], self.device)
-        self.transform(logits, self.packed)
+            places = [self.places.get(row) for row in range(len(logits))]
+            self.packed = RowParams.of([place and place.params for place in places], self.device)
+            self.slots = self._on_device([place.slot if place else -1 for place in places])
+        stage = self.telemetry.begin()
+        done = self.transform(logits, self.packed)
+        if stage:
+            # A request still in prefill samples its next token again and again: the last time counts.
+            lengths = [len(self.places[row].output) if row in self.places else -1 for row in range(len(logits))]
+            self.telemetry.end(stage, self.slots, self._on_device(lengths), done)
         return logits
 
-    def _place(self, row: int, params: Any) -> None:
-        if params is None:
-            self.params.pop(row, None)
-        else:
-            self.params[row] = params
+    def _enter(self, row: int, sampling_params: SamplingParams, output: list[int]) -> None:
+        params = requested(sampling_params)
+        if params:
+            place = self.places[row] = Place(params, self.free_slots.pop(), output)
+            self.telemetry.bind(place.slot, Report.of(sampling_params.extra_args))
+
+    def _leave(self, row: int) -> None:
+        if row in self.places:
+            self._release(self.places.pop(row))
+
+    def _release(self, place: Place) -> None:
+        self.telemetry.bind(place.slot, None)
+        self.free_slots.append(place.slot)
+
+    def _on_device(self, values: list[int]) -> Tensor:
+        tensor = torch.tensor(values, dtype=torch.int32, pin_memory=self.device.type == "cuda")
+        return tensor.to(self.device, non_blocking=True)

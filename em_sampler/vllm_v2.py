@@ -5,6 +5,7 @@ Contract: vllm/v1/worker/gpu/sample/logits_processor/interface.py, vLLM 0.31 to 
 
 import numpy as np
 import torch
+from torch import Tensor
 from vllm.config import VllmConfig
 from vllm.sampling_params import SamplingParams
 from vllm.v1.worker.gpu.sample.logits_processor.interface import (
@@ -15,6 +16,7 @@ from vllm.v1.worker.gpu.sample.logits_processor.interface import (
 
 from em_sampler.params import Params
 from em_sampler.plugin import requested
+from em_sampler.telemetry import Report, Telemetry
 from em_sampler.torch_batched import BatchedTransform, RowParams, host_bounds
 
 
@@ -26,17 +28,20 @@ class V2Processor(LogitsProcessor):
 
     def __init__(self, vllm_config: VllmConfig, req_states: LogitsProcRequestState) -> None:
         slots, device = req_states.max_num_reqs, req_states.device
-        drafts = vllm_config.num_speculative_tokens
+        rows, parallel = slots * (1 + vllm_config.num_speculative_tokens), vllm_config.parallel_config
+        self.req_states = req_states
         self.params: list[Params | None] = [None] * slots
         self.has_method = np.zeros(slots, dtype=bool)
         self.table = RowParams.of(self.params, device)  # a row per slot
         self.stale = False  # the table on the device is behind `params`
-        self.transform = BatchedTransform(req_states.vocab_size, device, slots * (1 + drafts))
+        self.transform = BatchedTransform(req_states.vocab_size, device, rows)
+        self.telemetry = Telemetry(slots, rows, device, reports=parallel.rank % parallel.tensor_parallel_size == 0)
 
     def add_request(self, req_idx: int, sampling_params: SamplingParams) -> bool:
         """Take over slot `req_idx`; whether its request has anything for us to do."""
-        self.params[req_idx] = requested(sampling_params)
-        self.has_method[req_idx] = self.params[req_idx] is not None
+        params = self.params[req_idx] = requested(sampling_params)
+        self.telemetry.bind(req_idx, Report.of(sampling_params.extra_args) if params else None)
+        self.has_method[req_idx] = params is not None
         self.stale = True
         return bool(self.has_method[req_idx])
 
@@ -46,11 +51,22 @@ class V2Processor(LogitsProcessor):
             self.table = RowParams.of(self.params, self.table.values.device)
             self.stale = False
 
-    def apply(self, logits: torch.Tensor, ctx: LogitsContext) -> torch.Tensor:
+    def apply(self, logits: Tensor, ctx: LogitsContext) -> Tensor:
         """Transform `logits` [rows, vocab] float32 in place. Nothing here waits for the device."""
         live = ctx.idx_mapping_np[self.has_method[ctx.idx_mapping_np]]
-        if len(live):
-            values = self.table.values.index_select(0, ctx.expanded_idx_mapping)
-            bounds = host_bounds([self.params[slot] for slot in live])
-            self.transform(logits, RowParams(values, *bounds))
+        if not len(live):
+            return logits
+        values = self.table.values.index_select(0, ctx.expanded_idx_mapping)
+        bounds = host_bounds([self.params[slot] for slot in live])
+        stage = self.telemetry.begin()
+        done = self.transform(logits, RowParams(values, *bounds))
+        if stage:
+            self.telemetry.end(stage, ctx.expanded_idx_mapping.int(), self._output_positions(ctx), done)
         return logits
+
+    def _output_positions(self, ctx: LogitsContext) -> Tensor:  # int32 [rows]
+        """The place in its reply of the token that each row samples; -1 where a request is still in prefill."""
+        slots, seen = ctx.expanded_idx_mapping, ctx.pos + 1
+        prompt = self.req_states.prompt_len.gpu.index_select(0, slots)
+        prefill = self.req_states.prefill_len.gpu.index_select(0, slots)
+        return torch.where(seen < prefill, -1, seen - prompt).int()

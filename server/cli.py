@@ -41,6 +41,8 @@ def serve(argv: list[str]) -> None:
     from vllm.entrypoints.cli.serve import ServeSubcommand
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
+    from em_sampler.telemetry import FOLDER_VARIABLE, sockets_folder
+
     command = ServeSubcommand()
     parser = FlexibleArgumentParser(prog="em-serve", description=__doc__)  # type: ignore[no-untyped-call]
     serve_parser = command.subparser_init(parser.add_subparsers(required=True, dest="subparser"))
@@ -56,7 +58,8 @@ def serve(argv: list[str]) -> None:
         serve_parser.error("argument --grpc: requests would be answered without this server's routes")
     args.em_inf_default = _default(serve_parser, args)
     command.validate(args)
-    command.cmd(args)
+    with sockets_folder() as os.environ[FOLDER_VARIABLE]:
+        command.cmd(args)
 
 
 def _add_flags(parser: argparse.ArgumentParser) -> None:

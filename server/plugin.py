@@ -6,6 +6,7 @@ Core routes are rebuilt around vLLM's own handlers, never copied. Contract: vllm
 import functools
 import inspect
 from argparse import Namespace
+from asyncio import CancelledError
 from collections.abc import Callable, Coroutine, Sequence
 from http import HTTPStatus
 from importlib import metadata
@@ -16,12 +17,15 @@ from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 from vllm.engine.protocol import EngineClient
-from vllm.exceptions import VLLMValidationError
+from vllm.exceptions import VLLMClientError, VLLMValidationError
 
 from em_sampler.params import EXTRA_ARGS_KEY, MAX_STEPS, ParamsError
 from em_sampler.plugin import EMInfLogitsProcessor
 from em_sampler.supported import installed_vllm
+from server.engine import tallies, watch
+from server.metrics import Metrics
 from server.protocol import Settings, apply_em_inf, with_em_inf
+from server.reply import ReplyStatistics, with_statistics
 
 SAMPLING_ROUTES = ("/v1/chat/completions", "/v1/completions", "/v1/responses")
 
@@ -77,13 +81,16 @@ class EMInfEndpoints:
             raise RuntimeError(f"none of {', '.join(SAMPLING_ROUTES)} was found in vLLM's app: em_inf would be ignored")
         if default and unavailable:
             raise RuntimeError(f"--em-inf-default cannot work here: {unavailable}")
-        state.em_inf = Settings(
+        state.em_inf = settings = Settings(
             default=default,
             max_steps=getattr(args, "em_inf_max_steps", MAX_STEPS),
             unavailable=unavailable,
             versions={"em-inf-server": metadata.version("em-inf-server"), "vllm": installed_vllm() or ""},
         )
-        EMInfLogitsProcessor.max_steps = state.em_inf.max_steps
+        EMInfLogitsProcessor.max_steps = settings.max_steps
+        state.em_inf_metrics = metrics = Metrics((args.served_model_name or [args.model])[0])
+        if engine_client is not None and not unavailable:
+            self.listener = await watch(engine_client, metrics)
 
 
 async def describe(raw_request: Request) -> dict[str, Any]:
@@ -128,11 +135,28 @@ def _accepting_em_inf(endpoint: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(endpoint)
     async def handler(request: Any, raw_request: Request) -> Any:
+        settings: Settings = raw_request.app.state.em_inf
+        metrics: Metrics = raw_request.app.state.em_inf_metrics
         try:
-            apply_em_inf(request, raw_request.app.state.em_inf)
+            params = apply_em_inf(request, settings)
         except ParamsError as error:
+            metrics.request("unknown", "rejected")
             raise VLLMValidationError(str(error), parameter=error.field) from None
-        return await endpoint(request, raw_request)
+        if params is None:
+            return await endpoint(request, raw_request)
+        outcome = functools.partial(metrics.request, params.method)
+        statistics = ReplyStatistics(params.stats, each_its_choice=raw_request.url.path.endswith("/v1/completions"))
+        tallies.set(statistics.tallies)
+        try:
+            response = await endpoint(request, raw_request)
+        except BaseException as error:
+            refused = isinstance(error, VLLMClientError) or getattr(error, "status_code", 500) < 500
+            outcome("aborted" if isinstance(error, CancelledError) else "rejected" if refused else "failed")
+            raise
+        if response is None:  # vLLM's answer to a client that has gone
+            outcome("aborted")
+            return response
+        return await with_statistics(response, statistics, outcome)
 
     parameters = inspect.signature(endpoint).parameters
     typed = [parameters["request"].replace(annotation=model), parameters["raw_request"].replace(annotation=Request)]

@@ -14,8 +14,6 @@ from em_sampler.params import (
     FLAT_PREFIX,
     MAX_STEPS,
     METHODS,
-    AdaptiveTemperatureParams,
-    EMInfParams,
     Params,
     ParamsError,
     capped,
@@ -24,7 +22,7 @@ from em_sampler.params import (
 )
 
 # Validated by `parse`, whose errors name the field, the value and the range; the type is there for OpenAPI.
-EMInfField = SkipValidation[EMInfParams | AdaptiveTemperatureParams | bool | None]
+EMInfField = SkipValidation[Params | bool | None]
 DESCRIPTION = (
     "Entropy minimisation for this request: settings, true for the server's default, false for none. "
     "`GET /v1/em_inf` tells what this server supports."
@@ -62,8 +60,11 @@ def with_em_inf(model: type[BaseModel]) -> type[BaseModel]:
     )
 
 
-def apply_em_inf(request: Any, settings: Settings) -> None:
+def apply_em_inf(request: Any, settings: Settings) -> Params | None:
     """Resolve the request's `em_inf` and leave it in `vllm_xargs`, which vLLM hands on to the sampler's extra_args.
+
+    Returns:
+        What was left there, if anything.
 
     Raises:
         ParamsError: for settings that are wrong or cannot work with this request.
@@ -71,13 +72,19 @@ def apply_em_inf(request: Any, settings: Settings) -> None:
     xargs = dict(request.vllm_xargs or {})
     flat = {key: xargs.pop(key) for key in list(xargs) if key == EXTRA_ARGS_KEY or key.startswith(FLAT_PREFIX)}
     params = _resolve(request.em_inf, flat, settings)
+    asked = request.em_inf is not None or bool(flat)  # the operator's default gives way where it cannot work
     if params and (conflict := settings.unavailable or _conflict(request)):
-        if request.em_inf is not None or flat:
+        if asked:
             raise ParamsError(f"body.{EXTRA_ARGS_KEY}", conflict)
-        params = None  # only the operator's default, which gives way
+        params = None
+    if params and params.stats != "none" and getattr(request, "background", False):
+        if asked:
+            raise ParamsError(f"body.{EXTRA_ARGS_KEY}.stats", f"got {params.stats!r}; a background response has none")
+        params = params.model_copy(update={"stats": "none"})
     if params:
         xargs[EXTRA_ARGS_KEY] = params.model_dump()
     request.vllm_xargs = xargs or None
+    return params
 
 
 def _resolve(value: object, flat: Mapping[str, Any], settings: Settings) -> Params | None:

@@ -1,0 +1,165 @@
+"""Statistics of the requests in flight: the workers' records in, summaries out. Knows no HTTP and no vLLM.
+
+A request whose records are late is reported as it stands after GRACE seconds; it is never held up longer.
+"""
+
+import asyncio
+import itertools
+import math
+import secrets
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zmq
+import zmq.asyncio
+
+from em_sampler.params import REPORT_KEY, Params
+from em_sampler.records import TOKEN, TOTALS, VALUES, Array, add_tokens, add_totals
+from em_sampler.telemetry import WORKER
+from server.metrics import Metrics
+
+GRACE = 0.5  # seconds that a reply waits for the last of its statistics
+LATE = 5.0  # the same where no reply waits, only the metrics
+
+Values = tuple[float, float, int]  # before, after, steps
+
+
+class Choice:
+    """One sample's tokens, as far as they are known. A token's last record is the one that counts."""
+
+    def __init__(self) -> None:
+        self.tokens = 0  # the reply's length
+        self.records: dict[int, Values] = {}
+        self.totals = np.zeros(1, dtype=TOTALS)
+
+    def add_totals(self, totals: np.void) -> None:
+        """Take in totals, which stand for the records of the positions that they cover."""
+        add_totals(self.totals, [totals])
+        for position in range(int(totals["first"]), int(totals["upto"])):
+            self.records.pop(position, None)
+
+    def missing(self) -> int:
+        """Tokens of the reply of which nothing is known."""
+        known = int(self.totals["tokens"][0]) + sum(position < self.tokens for position in self.records)
+        return max(0, self.tokens - known)
+
+    def settle(self) -> None:
+        """The reply is over: what lies past its end is dropped, the rest is totalled."""
+        self.records = {position: self.records[position] for position in sorted(self.records) if position < self.tokens}
+        values = np.array(list(self.records.values()), dtype=VALUES)
+        add_tokens(self.totals, np.zeros(len(values), dtype=np.intp), values)
+
+
+class Tally:
+    """One engine request: its choices, and what became of it."""
+
+    def __init__(self, number: int, method: str, choices: int) -> None:
+        self.number = number
+        self.method = method
+        self.choices = [Choice() for _ in range(choices)]
+        self.finished = False  # in the engine; records may be on their way
+        self.settled = asyncio.Event()
+
+    def complete(self) -> bool:
+        """Whether nothing more is needed."""
+        return self.finished and not any(choice.missing() for choice in self.choices)
+
+
+class Statistics:
+    """The table of requests in flight, and the socket that the workers send to."""
+
+    def __init__(self, metrics: Metrics, folder: Path) -> None:
+        self.metrics = metrics
+        self.channel = secrets.token_hex(16)
+        self.tallies: dict[int, Tally] = {}
+        self.numbers = itertools.count()
+        self.socket = zmq.asyncio.Context.instance().socket(zmq.PULL)
+        self.socket.bind(f"ipc://{folder / self.channel}")
+
+    async def listen(self) -> None:
+        """Take in the workers' messages, until cancelled."""
+        while True:
+            parts = await self.socket.recv_multipart()
+            self.receive(*(np.frombuffer(p, dtype) for p, dtype in zip(parts, (TOKEN, TOTALS, WORKER), strict=True)))
+
+    def tally(self, params: Params, choices: int) -> Tally:
+        """A tally for a request with so many samples, not yet in the table."""
+        return Tally(next(self.numbers), params.method, choices)
+
+    def report(self, tally: Tally, every_token: bool) -> dict[str, Any]:
+        """What the request's `extra_args` have to carry."""
+        return {REPORT_KEY: [self.channel, tally.number, 0, every_token]}
+
+    def open(self, tally: Tally) -> None:
+        """The request goes to the engine."""
+        self.tallies[tally.number] = tally
+
+    def finish(self, tally: Tally, grace: float) -> None:
+        """The request has left the engine: settle it now, or `grace` seconds later."""
+        if tally.finished:
+            return
+        tally.finished = True
+        if tally.complete():
+            self._settle(tally)
+        else:
+            asyncio.get_running_loop().call_later(grace, self._settle, tally)
+
+    def receive(self, tokens: Array, totals: Array, worker: Array) -> None:
+        """Take in one message's records; those of requests that are settled come too late."""
+        touched = set()
+        for number, choice, position, *values in tokens.tolist():
+            if tally := self.tallies.get(number):
+                tally.choices[choice].records[position] = tuple(values)
+                touched.add(number)
+        for row in totals:
+            if tally := self.tallies.get(int(row["request"])):
+                tally.choices[row["choice"]].add_totals(row)
+                touched.add(tally.number)
+        self.metrics.worker(worker)
+        for number in touched:
+            if self.tallies[number].complete():
+                self._settle(self.tallies[number])
+
+    def _settle(self, tally: Tally) -> None:
+        if self.tallies.pop(tally.number, None) is None:
+            return  # already
+        for choice in tally.choices:
+            missing = choice.missing()
+            choice.settle()
+            self.metrics.choice(tally.method, choice.totals, missing)
+        tally.settled.set()
+
+
+def summary(index: int, parts: Sequence[Choice], every_token: bool) -> dict[str, Any]:
+    """The response's entry for one choice, which may have been generated in several `parts`. Contract: docs/http.md."""
+    totals = np.zeros(1, dtype=TOTALS)
+    add_totals(totals, [part.totals[0] for part in parts])
+    row = totals[0]
+    measured = int(row["tokens"] - row["passed_through"])
+    tokens = sum(part.tokens for part in parts)
+    entry: dict[str, Any] = {
+        "index": index,
+        "tokens": tokens,
+        "optimized_tokens": int(row["optimized"]),
+        "missing": max(0, tokens - int(row["tokens"])),
+        "entropy_before": _nats(float(row["before_sum"]) / measured) if measured else None,
+        "entropy_after": _nats(float(row["after_sum"]) / measured) if measured else None,
+        "steps": int(row["steps"]),
+    }
+    if every_token:
+        entry["per_token"] = [_token(part.records.get(i)) for part in parts for i in range(part.tokens)]
+    return entry
+
+
+def _token(values: Values | None) -> dict[str, Any] | None:
+    if values is None:
+        return None  # missing
+    before, after, steps = values
+    return {"before": _nats(before), "after": _nats(after), "steps": steps}
+
+
+def _nats(entropy: float) -> float | None:
+    """Six decimals, below float32's own error on a large vocabulary; None where it was not measured (NaN)."""
+    return None if math.isnan(entropy) else round(max(entropy, 0.0), 6)
