@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from prometheus_client import REGISTRY, CollectorRegistry, Counter, Histogram
+from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
 
 from em_sampler.params import METHODS
 from em_sampler.records import BUCKETS, HISTOGRAMS, Array
@@ -24,6 +24,7 @@ ABOUT = {
     "entropy_before_nats": "Entropy of a token's distribution as the model gave it, at temperature 1.",
     "entropy_after_nats": "Entropy of a token's distribution as the method left it, before the request's temperature.",
     "entropy_reduction_nats": "By how much the method lowered a token's entropy; 0 where it did nothing.",
+    "tracked_requests": "Requests whose statistics are being collected now: those in the engine, and a few just ended.",
     "records_dropped": "Statistics given up on the way from a worker to this server, so that sampling need not wait.",
     "transform_seconds": "Seconds that the workers spent in the transform, measuring included; on a GPU by its clock.",
 }
@@ -60,6 +61,13 @@ class Metrics:
         self.passed_through = counter("passed_through_tokens", ABOUT["passed_through_tokens"])
         self.missing = counter("missing_tokens", ABOUT["missing_tokens"])
         self.histograms = {name: histogram(name, ABOUT[f"entropy_{name}_nats"]) for name in HISTOGRAMS}
+        self.tracked = Gauge(
+            "em_inf_tracked_requests",
+            ABOUT["tracked_requests"],
+            ("model",),
+            registry=registry,
+            multiprocess_mode="livesum",
+        )
         self.dropped = counter("records_dropped", ABOUT["records_dropped"], ("model",))
         self.seconds = counter("transform_seconds", ABOUT["transform_seconds"], ("model",))
         self._start_at_zero()
@@ -72,8 +80,8 @@ class Metrics:
                 metric.labels(self.model, method)
             for outcome in OUTCOMES:
                 self.requests.labels(self.model, method, outcome)
-        self.dropped.labels(self.model)
-        self.seconds.labels(self.model)
+        for metric in (self.tracked, self.dropped, self.seconds):
+            metric.labels(self.model)
 
     def request(self, method: str, outcome: str) -> None:
         """An HTTP request has ended, one of OUTCOMES."""

@@ -95,6 +95,7 @@ class Statistics:
     def open(self, tally: Tally) -> None:
         """The request goes to the engine."""
         self.tallies[tally.number] = tally
+        self._tracked()
 
     def finish(self, tally: Tally, grace: float) -> None:
         """The request has left the engine: settle it now, or `grace` seconds later."""
@@ -122,9 +123,13 @@ class Statistics:
             if self.tallies[number].complete():
                 self._settle(self.tallies[number])
 
+    def _tracked(self) -> None:
+        self.metrics.tracked.labels(self.metrics.model).set(len(self.tallies))
+
     def _settle(self, tally: Tally) -> None:
         if self.tallies.pop(tally.number, None) is None:
             return  # already
+        self._tracked()
         for choice in tally.choices:
             missing = choice.missing()
             choice.settle()

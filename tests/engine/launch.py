@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,10 +56,22 @@ class Server:
     def http(self) -> httpx.Client:
         return httpx.Client(base_url=self.url, headers={"Authorization": f"Bearer {API_KEY}"}, timeout=300)
 
-    def metric(self, name: str) -> float:
-        """Sum of one of vLLM's counters over its labels."""
+    def async_http(self) -> httpx.AsyncClient:
+        return httpx.AsyncClient(base_url=self.url, headers={"Authorization": f"Bearer {API_KEY}"}, timeout=300)
+
+    def metric(self, name: str, **labels: str) -> float:
+        """Sum of a metric's series with these labels."""
         lines = httpx.get(f"{self.url}/metrics", timeout=30).text.splitlines()
-        return sum(float(line.split()[-1]) for line in lines if line.startswith((name + "{", name + " ")))
+        series = [line for line in lines if line.startswith((name + "{", name + " "))]
+        wanted = [f'{label}="{value}"' for label, value in labels.items()]
+        return sum(float(line.split()[-1]) for line in series if all(label in line for label in wanted))
+
+    def until(self, true: Callable[[], bool], limit: float = 20) -> None:
+        """Wait for what the server does after it has answered."""
+        deadline = time.monotonic() + limit
+        while not true():
+            assert time.monotonic() < deadline, "it did not come true"
+            time.sleep(0.1)
 
 
 @contextlib.contextmanager

@@ -1,55 +1,21 @@
 """The sampler inside both of vLLM's runners: every request gets its own method, whatever else is in the batch."""
 
-import asyncio
-import json
 from typing import Any
 
-import httpx
 import numpy as np
 import pytest
 from scipy import stats
 
-import demo
 from em_sampler import oracle
 from em_sampler.params import parse
-from tests.engine.launch import API_KEY, Server, offline
+from tests.engine.launch import Server, offline
+from tests.engine.support import ADAPTIVE, EM, STRONG, UNSURE, VOCABULARY, complete, tokens
 
 pytestmark = pytest.mark.engine
 
-EM = {"threshold": 0.1, "steps": 12, "learning_rate": 0.3}
-ADAPTIVE = {"method": "adaptive_temperature", "ratio": 0.4}
-STRONG = {"threshold": 0.0, "steps": 64, "learning_rate": 10.0}  # nothing but the top token is left
 COLD = {"method": "adaptive_temperature", "ratio": 0.0, "threshold": 0.0, "min_temperature": 0.001}  # the same
 PROMPTS = [f"<|user|>{question}<|im_end|><|assistant|>" for question in ("58+17*3-29", "7*8-9", "91-45+6*7", "3+4")]
-UNSURE = "Q"  # nothing the model was trained on: its next characters are open
-VOCABULARY = json.loads((demo.MODEL_PATH / "config.json").read_text())["vocab_size"]
 FULL_ROW = {"prompt": UNSURE, "max_tokens": 1, "seed": 2, "logprobs": VOCABULARY, "return_tokens_as_token_ids": True}
-
-
-async def _post(client: httpx.AsyncClient, body: dict[str, Any], delay: float = 0.0) -> dict[str, Any]:
-    await asyncio.sleep(delay)
-    answer = await client.post("/v1/completions", json={"model": "demo", "return_token_ids": True} | body)
-    assert answer.status_code == 200, answer.text
-    result: dict[str, Any] = answer.json()
-    return result
-
-
-def complete(server: Server, *bodies: dict[str, Any], one_by_one: bool = False) -> list[dict[str, Any]]:
-    """Answers to completion requests: all in flight together, entering a little after one another, or one by one."""
-
-    async def run() -> list[dict[str, Any]]:
-        headers = {"Authorization": f"Bearer {API_KEY}"}
-        async with httpx.AsyncClient(base_url=server.url, headers=headers, timeout=300) as client:
-            if one_by_one:
-                return [await _post(client, body) for body in bodies]
-            return await asyncio.gather(*(_post(client, body, 0.01 * i) for i, body in enumerate(bodies)))
-
-    return asyncio.run(run())
-
-
-def tokens(answer: dict[str, Any], choice: int = 0) -> list[int]:
-    ids: list[int] = answer["choices"][choice]["token_ids"]
-    return ids
 
 
 def test_without_em_inf_the_tokens_are_those_of_plain_vllm(engine: Server) -> None:

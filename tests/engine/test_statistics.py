@@ -1,0 +1,235 @@
+"""Entropies in replies: each token's own, held against the engine's full log-probabilities of the same request."""
+
+import asyncio
+import json
+from typing import Any
+
+import numpy as np
+import openai
+import pytest
+
+from em_sampler import oracle
+from em_sampler.params import parse
+from tests.engine.launch import Server
+from tests.engine.support import ADAPTIVE, CHAT, EM, UNSURE, VOCABULARY, complete, post, tokens
+
+pytestmark = pytest.mark.engine
+
+NONE = {"method": "none"}
+ARMS: list[Any] = [EM, NONE, ADAPTIVE, EM | {"optimizer": "sgd", "learning_rate": 2.0}]
+ALL_LOGPROBS = {"logprobs": VOCABULARY, "return_tokens_as_token_ids": True}
+
+
+def rows_of(choice: dict[str, Any]) -> np.ndarray[Any, Any]:
+    """The model's log-probabilities at each token of a choice, [tokens, vocab]."""
+    names = [f"token_id:{token}" for token in range(VOCABULARY)]
+    return np.array([[row[name] for name in names] for row in choice["logprobs"]["top_logprobs"]])
+
+
+def check(answer: dict[str, Any], em_inf: dict[str, Any]) -> int:
+    """Hold every token of an answer's choices to the oracle; returns how many there were."""
+    count = 0
+    for choice, entry in zip(answer["choices"], answer["em_inf"], strict=True):
+        rows = rows_of(choice)
+        per_token = entry["per_token"]
+        assert entry["index"] == choice["index"]
+        assert entry["tokens"] == len(per_token) == len(rows) == len(choice["token_ids"])
+        assert entry["missing"] == 0
+        before = [token["before"] for token in per_token]
+        assert np.abs(np.array(before) - [oracle.entropy(row) for row in rows]).max() < 1e-4
+        params = parse(em_inf)
+        for row, token in zip(rows, per_token, strict=True):
+            after, steps = transformed(row, params)
+            if abs(token["before"] - getattr(params, "threshold", -1)) > 1e-4:  # else either side of it is right
+                assert token["steps"] == steps
+                assert abs(token["after"] - after) < 5e-3  # float32 and as many steps; adam magnifies rounding
+        assert entry["steps"] == sum(token["steps"] for token in per_token)
+        assert entry["optimized_tokens"] == sum(token["steps"] > 0 for token in per_token)
+        assert entry["entropy_before"] == pytest.approx(np.mean(before), abs=2e-6)
+        assert entry["entropy_after"] == pytest.approx(np.mean([token["after"] for token in per_token]), abs=2e-6)
+        count += len(rows)
+    return count
+
+
+def transformed(row: oracle.Row, params: Any) -> tuple[float, int]:
+    """Entropy and steps of the oracle."""
+    if params.method == "em_inf":
+        changed, steps = oracle.em_inf(row, params)
+        return oracle.entropy(changed), steps
+    if params.method == "adaptive_temperature":
+        return oracle.entropy(row / oracle.temperature(row, params)), int(oracle.entropy(row) > params.threshold)
+    return oracle.entropy(row), 0
+
+
+def test_every_tokens_entropy_is_its_own(engine: Server) -> None:
+    """A mixed batch, greedy and plain requests in it, long prompts in chunks, n = 3, and a cache too small for all."""
+    bodies = [
+        {
+            "prompt": "Q" * (60 * (i % 4)) + UNSURE,
+            "max_tokens": 20 + 9 * (i % 5),
+            "ignore_eos": True,
+            "temperature": 1.5,
+        }
+        | ALL_LOGPROBS
+        | {"em_inf": ARMS[i % 4] | {"stats": "tokens"}, "n": 3 if i % 7 == 3 else 1}
+        | ({"temperature": 0, "n": 1} if i % 9 == 5 else {})
+        for i in range(60 if engine.runner == "v1" else 20)
+    ]
+    plain = [{"prompt": UNSURE, "max_tokens": 30, "em_inf": em} for em in (False, True, EM)]
+    preempted = engine.metric("vllm:num_preemptions_total")
+    answers = complete(engine, *bodies, *plain)
+    assert engine.metric("vllm:num_preemptions_total") > preempted, "the cache was large enough for all"
+    seen = sum(check(answer, body["em_inf"]) for answer, body in zip(answers, bodies, strict=False))
+    assert seen >= (2000 if engine.runner == "v1" else 700)
+    assert not any("em_inf" in answer for answer in answers[len(bodies) :])
+
+
+def blocks(client: openai.OpenAI, stats: str, stream: bool, **options: Any) -> dict[str, Any]:
+    """The em_inf block of a chat reply, by index."""
+    settings: dict[str, Any] = {"max_tokens": 12, "seed": 3, "n": 2, "temperature": 1.5} | options
+    extra_body = {"em_inf": EM | {"stats": stats}}
+    answer: Any = client.chat.completions.create(
+        model="demo", messages=CHAT, stream=stream, extra_body=extra_body, **settings
+    )
+    if not stream:
+        return {entry["index"]: entry for entry in answer.em_inf}
+    chunks = list(answer)
+    assert chunks[-1].choices == []
+    assert {chunk.id for chunk in chunks} == {chunks[0].id}
+    assert not any("em_inf" in (chunk.model_extra or {}) for chunk in chunks[:-1])
+    return {entry["index"]: entry for entry in chunks[-1].em_inf}
+
+
+def test_chat(v1: Server) -> None:
+    whole = blocks(v1.client, "tokens", stream=False)
+    assert sorted(whole) == [0, 1]
+    assert whole == blocks(v1.client, "tokens", stream=True)
+    assert any(entry["optimized_tokens"] for entry in whole.values())
+    short = {index: {k: v for k, v in entry.items() if k != "per_token"} for index, entry in whole.items()}
+    assert blocks(v1.client, "summary", stream=False) == blocks(v1.client, "summary", stream=True) == short
+
+
+def test_a_stream_with_usage_has_both(v1: Server) -> None:
+    body = {"messages": CHAT, "stream": True, "stream_options": {"include_usage": True}, "max_tokens": 5}
+    body |= {"model": "demo", "em_inf": NONE | {"stats": "summary"}}
+    lines = v1.http.post("/v1/chat/completions", json=body).text.strip().split("\n\n")
+    *_, usage, statistics = [json.loads(line.removeprefix("data: ")) for line in lines[:-1]]
+    assert lines[-1] == "data: [DONE]"
+    assert usage["usage"]["completion_tokens"] == statistics["em_inf"][0]["tokens"]
+    assert "usage" not in statistics
+
+
+def test_prompts_of_one_request_keep_their_order(v1: Server) -> None:
+    prompts = [UNSURE, "12+7*3-4=", "zq"]
+    body = {"prompt": prompts, "n": 2, "seed": 5, "max_tokens": 6, "ignore_eos": True}
+    body |= ALL_LOGPROBS | {"em_inf": EM | {"stats": "tokens"}}
+    [answer] = complete(v1, body)
+    assert [entry["index"] for entry in answer["em_inf"]] == list(range(6))
+    assert check(answer, EM) == 36
+    options: Any = {"stream": True, "extra_body": body | {"logprobs": None}}
+    streamed = v1.client.completions.create(model="demo", prompt=prompts, **options)
+    assert list(streamed)[-1].em_inf == answer["em_inf"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_responses(v1: Server, stream: bool) -> None:
+    extra_body = {"em_inf": EM | {"stats": "tokens"}, "seed": 3}
+    shared: Any = {"model": "demo", "input": "58+17*3-29", "max_output_tokens": 16, "temperature": 1.5}
+    answer: Any = v1.client.responses.create(stream=stream, extra_body=extra_body, **shared)
+    if stream:
+        events = list(answer)
+        assert events[-1].type in ("response.completed", "response.incomplete")
+        answer = events[-1].response
+    [entry] = answer.em_inf
+    assert entry["tokens"] == len(entry["per_token"]) == answer.usage.output_tokens
+    assert entry["missing"] == 0
+
+
+def test_greedy_requests_are_measured_too(engine: Server) -> None:
+    shared = {"prompt": UNSURE, "max_tokens": 8, "temperature": 0, "ignore_eos": True} | ALL_LOGPROBS
+    measured, minimised = complete(
+        engine,
+        shared | {"em_inf": NONE | {"stats": "tokens"}},
+        shared | {"em_inf": EM | {"stats": "tokens"}},
+    )
+    assert tokens(measured) == tokens(minimised)
+    assert check(measured, NONE) == check(minimised, EM) == 8
+    assert minimised["em_inf"][0]["optimized_tokens"] > 0
+
+
+def test_measuring_changes_nothing(engine: Server) -> None:
+    shared = {"prompt": UNSURE, "max_tokens": 12, "seed": 4, "temperature": 1.5, "ignore_eos": True}
+    plain, measured = complete(engine, shared, shared | {"em_inf": NONE | {"stats": "summary"}}, one_by_one=True)
+    assert tokens(plain) == tokens(measured)
+
+
+def test_tokens_past_a_stop_string_are_not_in_the_statistics(v1: Server) -> None:
+    """The engine goes on for a few tokens until it hears of the stop string."""
+    for em_inf in (EM, NONE):
+        body = {"prompt": UNSURE, "max_tokens": 60, "seed": 8, "temperature": 1.5, "em_inf": em_inf} | ALL_LOGPROBS
+        [whole] = complete(v1, body)
+        stop = whole["choices"][0]["text"][10:12]
+        [answer] = complete(v1, body | {"stop": stop, "em_inf": em_inf | {"stats": "tokens"}})
+        assert answer["choices"][0]["finish_reason"] == "stop"
+        assert 0 < check(answer, em_inf) < 60
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param", "says"),
+    [
+        ("/v1/completions", {"em_inf": {"stats": "all"}}, "body.em_inf.stats", "one of none, summary, tokens"),
+        ("/v1/completions", {"em_inf": {"method": "none", "steps": 3}}, "body.em_inf.steps", "unknown field"),
+        (
+            "/v1/messages",
+            {"vllm_xargs": {"em_inf_stats": "tokens"}},
+            None,
+            "em-serve's completions, chat and responses",
+        ),
+        (
+            "/v1/responses",
+            {"em_inf": {"stats": "tokens"}, "background": True},
+            "body.em_inf.stats",
+            "a background response has none",
+        ),
+    ],
+)
+def test_statistics_that_cannot_be_returned_are_refused(
+    v1: Server, path: str, body: dict[str, Any], param: str | None, says: str
+) -> None:
+    needed = {"model": "demo", "prompt": "1", "input": "1", "messages": [{"role": "user", "content": "1"}]}
+    unknown = {"/v1/completions": ("input", "messages"), "/v1/messages": ("prompt", "input")}.get(path, ("prompt",))
+    needed = {name: value for name, value in needed.items() if name not in unknown} | {"max_tokens": 4}
+    answer = v1.http.post(path, json=needed | body)
+    assert answer.status_code == 400, answer.text
+    assert says in answer.json()["error"]["message"]
+    assert param is None or answer.json()["error"]["param"] == param
+
+
+def test_a_client_cannot_choose_where_statistics_go(v1: Server) -> None:
+    """The return address in extra_args is the server's alone; what a client puts there is overwritten or ignored."""
+    forged = {"vllm_xargs": {"em_report": ["f" * 32, 1, 0, 1]}}
+    body = {"prompt": UNSURE, "max_tokens": 4, "ignore_eos": True} | forged
+    answers = complete(v1, body, body | {"em_inf": EM | {"stats": "tokens"}}, body | {"em_inf": EM})
+    assert [tokens(answer) for answer in answers]
+    assert answers[1]["em_inf"][0]["missing"] == 0
+
+
+def test_clients_that_go_away_leave_nothing_behind(engine: Server) -> None:
+    long = {"model": "demo", "prompt": UNSURE, "max_tokens": 250, "ignore_eos": True}
+
+    async def run() -> None:
+        async with engine.async_http() as client:
+            for stats in ("tokens", "none"):
+                body = long | {"em_inf": EM | {"stats": stats}}
+                tasks = [asyncio.create_task(post(client, body)) for _ in range(8)]
+                await asyncio.sleep(0.3)
+                for task in tasks:
+                    task.cancel()
+                async with client.stream("POST", "/v1/completions", json=body | {"stream": True}) as stream:
+                    await anext(stream.aiter_lines())
+
+    before = engine.metric("em_inf_requests_total", outcome="aborted")
+    asyncio.run(run())
+    engine.until(lambda: engine.metric("em_inf_requests_total", outcome="aborted") == before + 18)
+    engine.until(lambda: engine.metric("em_inf_tracked_requests") == 0)
+    assert complete(engine, {"prompt": UNSURE, "max_tokens": 2, "em_inf": EM | {"stats": "summary"}})[0]["em_inf"]
