@@ -27,6 +27,7 @@ serve: install ## start the server; MODEL=name-or-folder (default: the demo mode
 	.venv/bin/em-serve $(MODEL) --host $(HOST) --port $(PORT) $(ARGS)
 
 test: install ## run pytest; ARGS="-m 'not engine'" leaves out the tests that start vLLM
+	@scripts/prometheus.sh
 	.venv/bin/python -m pytest $(ARGS)
 
 check: install ## check formatting and lint with ruff, types with mypy

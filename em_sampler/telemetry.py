@@ -45,7 +45,7 @@ Ints = NDArray[np.int64]
 def sockets_folder() -> Iterator[str]:
     """A new folder for the API servers' sockets, open to its owner alone."""
     temporary = tempfile.gettempdir()
-    short_enough = len(temporary) < MAX_TEMPORARY
+    short_enough = len(os.fsencode(temporary)) < MAX_TEMPORARY
     with tempfile.TemporaryDirectory(prefix="em-inf-", dir=temporary if short_enough else "/tmp") as folder:
         yield folder
 
@@ -62,7 +62,9 @@ class Report(NamedTuple):
     def of(cls, extra_args: Mapping[str, Any] | None) -> "Report | None":
         """What the API server left in `extra_args`; None where it asked for nothing."""
         match (extra_args or {}).get(REPORT_KEY):
-            case [str(channel), int(request), int(choice), bool(every_token)] if CHANNEL.fullmatch(channel):
+            case [str(channel), int(request), int(choice), bool(every_token)] if (
+                CHANNEL.fullmatch(channel) and 0 <= request < 2**63 and 0 <= choice < 2**31
+            ):
                 return cls(channel, request, choice, every_token)
         return None
 
@@ -154,8 +156,12 @@ class Ledger:
         return bool(np.isfinite(self.changed).any())
 
     def idle(self, since: float) -> Ints:
-        """Slots with something to send that have had no token since then."""
-        return np.flatnonzero(self.changed < since)
+        """Slots with something to send that have had no token since then, the longest silent first.
+
+        A request that was preempted may have left a slot and gone on in another: what is newer has to come last.
+        """
+        slots = np.flatnonzero(self.changed < since)
+        return slots[np.argsort(self.changed[slots], kind="stable")]
 
     def _reset(self, slots: Ints) -> None:
         self.totals[slots] = np.zeros(1, dtype=TOTALS)
@@ -230,9 +236,10 @@ class Telemetry:
         except Empty:
             event = None
         if isinstance(event, Stage):
-            rows, seconds = event.wait()
-            outbox.add(ledger, rows, seconds)
-            self.stages.append(event)
+            try:
+                outbox.add(ledger, *event.wait())
+            finally:
+                self.stages.append(event)
         elif event is not None:
             slot, report = event
             outbox.settle(ledger, np.array([slot]))

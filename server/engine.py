@@ -54,6 +54,9 @@ def _wrap_generate(engine_client: EngineClient, statistics: Statistics, tracing:
     generate = engine_client.generate
 
     def observed(prompt: Any, sampling_params: SamplingParams, request_id: str, **options: Any) -> AsyncIterator[Any]:
+        extra_args = {k: v for k, v in (sampling_params.extra_args or {}).items() if k != REPORT_KEY}
+        sampling_params = copy(sampling_params)
+        sampling_params.extra_args = extra_args or None  # no return address but ours
         params = _observable(sampling_params)
         if params is None:
             return generate(prompt, sampling_params, request_id, **options)
@@ -64,9 +67,7 @@ def _wrap_generate(engine_client: EngineClient, statistics: Statistics, tracing:
         if tracing:
             tracing.tallies[request_id] = tally
         waited_for = params.stats != "none" or tracing is not None
-        sampling_params = copy(sampling_params)
-        report = statistics.report(tally, every_token=waited_for)
-        sampling_params.extra_args = {**(sampling_params.extra_args or {}), **report}
+        sampling_params.extra_args = extra_args | statistics.report(tally, every_token=waited_for)
         outputs = generate(prompt, sampling_params, request_id, **options)
         return _counted(outputs, sampling_params, statistics, tally, GRACE if waited_for else LATE)
 

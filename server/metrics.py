@@ -28,6 +28,7 @@ ABOUT = {
     "records_dropped": "Statistics given up on the way from a worker to this server, so that sampling need not wait.",
     "transform_seconds": "Seconds that the workers spent in the transform, measuring included; on a GPU by its clock.",
 }
+UNKNOWN = "unknown"  # the method of a request whose settings are refused
 OUTCOMES = ("completed", "rejected", "failed", "aborted")
 
 
@@ -80,6 +81,7 @@ class Metrics:
                 metric.labels(self.model, method)
             for outcome in OUTCOMES:
                 self.requests.labels(self.model, method, outcome)
+        self.requests.labels(self.model, UNKNOWN, "rejected")
         for metric in (self.tracked, self.dropped, self.seconds):
             metric.labels(self.model)
 

@@ -23,7 +23,7 @@ from em_sampler.params import EXTRA_ARGS_KEY, MAX_STEPS, ParamsError
 from em_sampler.plugin import EMInfLogitsProcessor
 from em_sampler.supported import installed_vllm
 from server.engine import tallies, watch
-from server.metrics import Metrics
+from server.metrics import UNKNOWN, Metrics
 from server.protocol import Settings, apply_em_inf, with_em_inf
 from server.reply import ReplyStatistics, with_statistics
 
@@ -140,7 +140,7 @@ def _accepting_em_inf(endpoint: Callable[..., Any]) -> Callable[..., Any]:
         try:
             params = apply_em_inf(request, settings)
         except ParamsError as error:
-            metrics.request("unknown", "rejected")
+            metrics.request(UNKNOWN, "rejected")
             raise VLLMValidationError(str(error), parameter=error.field) from None
         if params is None:
             return await endpoint(request, raw_request)

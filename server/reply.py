@@ -11,11 +11,13 @@ from collections.abc import AsyncIterable, AsyncIterator, Callable
 from typing import Any
 
 from starlette.responses import Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
 
 from em_sampler.params import EXTRA_ARGS_KEY
 from server.stats import GRACE, Choice, Tally, summary
 
 DONE = "data: [DONE]"
+ERRORS = ('data: {"error"', "event: response.failed")
 RESPONSES_END = ("event: response.completed", "event: response.incomplete", "event: response.failed")
 
 Outcome = Callable[[str], None]  # told once how the request ended: one of server.metrics.OUTCOMES
@@ -46,8 +48,7 @@ async def with_statistics(response: Response, statistics: ReplyStatistics, outco
     """`response` with the block that was asked for, its outcome told."""
     wanted = statistics.stats != "none"
     if isinstance(response, StreamingResponse):
-        response.body_iterator = _relay(response.body_iterator, statistics if wanted else None, outcome)
-        return response
+        return RelayedStream(response, statistics if wanted else None, outcome)
     failed = response.status_code >= 500
     outcome("failed" if failed else "rejected" if response.status_code >= 400 else "completed")
     if wanted and response.status_code < 400:
@@ -58,25 +59,41 @@ async def with_statistics(response: Response, statistics: ReplyStatistics, outco
     return response
 
 
-async def _relay(
-    events: AsyncIterable[Any], statistics: ReplyStatistics | None, outcome: Outcome
-) -> AsyncIterator[Any]:
-    """`events` as they come, one a time, with the statistics at their end."""
-    ended, last = "aborted", ""
-    try:
-        async for event in events:
-            if event.startswith('data: {"error"'):
-                ended = "failed"
-            elif statistics and event.startswith(DONE) and ended != "failed":
-                yield _chunk(last, await statistics.block())
-            elif statistics and event.startswith(RESPONSES_END):
-                event = _with_block(event, await statistics.block())
-            elif event.startswith("data: "):
-                last = event
-            yield event
-        ended = "failed" if ended == "failed" else "completed"
-    finally:
-        outcome(ended)
+class RelayedStream(StreamingResponse):
+    """A stream as it comes, one event at a time, with the statistics at its end."""
+
+    def __init__(self, stream: StreamingResponse, statistics: ReplyStatistics | None, outcome: Outcome) -> None:
+        super().__init__(self._relay(stream.body_iterator, statistics), stream.status_code)
+        self.raw_headers = stream.raw_headers
+        self.background = stream.background
+        self.outcome = outcome
+        self.ended = "aborted"  # until it has
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send it. The outcome is told here: a generator that nobody starts would never tell."""
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self.outcome(self.ended)
+
+    async def _relay(self, events: AsyncIterable[Any], statistics: ReplyStatistics | None) -> AsyncIterator[Any]:
+        failed, last = False, ""
+        try:
+            async for event in events:
+                failed = failed or event.startswith(ERRORS)
+                if statistics and not failed and event.startswith(DONE):
+                    yield _chunk(last, await statistics.block())
+                elif statistics and event.startswith(RESPONSES_END):
+                    event = _with_block(event, await statistics.block())
+                elif event.startswith("data: "):
+                    last = event
+                yield event
+        except Exception:
+            failed = True
+            raise
+        finally:
+            self.ended = "failed" if failed else "aborted"
+        self.ended = "failed" if failed else "completed"
 
 
 def _chunk(last: str, block: list[dict[str, Any]]) -> str:

@@ -110,18 +110,22 @@ class Statistics:
     def receive(self, tokens: Array, totals: Array, worker: Array) -> None:
         """Take in one message's records; those of requests that are settled come too late."""
         touched = set()
-        for number, choice, position, *values in tokens.tolist():
-            if tally := self.tallies.get(number):
-                tally.choices[choice].records[position] = tuple(values)
+        for row in totals:  # first: tokens in the same message are not in them
+            if choice := self._choice(int(row["request"]), int(row["choice"])):
+                choice.add_totals(row)
+                touched.add(int(row["request"]))
+        for number, index, position, *values in tokens.tolist():
+            if choice := self._choice(number, index):
+                choice.records[position] = tuple(values)
                 touched.add(number)
-        for row in totals:
-            if tally := self.tallies.get(int(row["request"])):
-                tally.choices[row["choice"]].add_totals(row)
-                touched.add(tally.number)
         self.metrics.worker(worker)
         for number in touched:
             if self.tallies[number].complete():
                 self._settle(self.tallies[number])
+
+    def _choice(self, number: int, index: int) -> Choice | None:
+        tally = self.tallies.get(number)
+        return tally.choices[index] if tally and index < len(tally.choices) else None
 
     def _tracked(self) -> None:
         self.metrics.tracked.labels(self.metrics.model).set(len(self.tallies))

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from em_sampler import AdaptiveTemperatureParams, EMInfParams, ParamsError
-from em_sampler.params import capped, from_extra_args, parse
+from em_sampler.params import METHODS, MeasureParams, capped, from_extra_args, parse
 
 DEFAULT = EMInfParams(threshold=0.7, steps=9)
 
@@ -20,7 +20,12 @@ DEFAULT = EMInfParams(threshold=0.7, steps=9)
         ({}, EMInfParams()),
         ({"threshold": 1, "steps": 0}, EMInfParams(threshold=1.0, steps=0)),
         ({"method": "adaptive_temperature", "ratio": 0.2}, AdaptiveTemperatureParams(ratio=0.2)),
+        ({"method": "none"}, MeasureParams()),
+        ({"method": "none", "stats": "tokens"}, MeasureParams(stats="tokens")),
+        ({"stats": "summary"}, EMInfParams(stats="summary")),
+        ({"method": "adaptive_temperature", "stats": "none"}, AdaptiveTemperatureParams()),
         (AdaptiveTemperatureParams(), AdaptiveTemperatureParams()),
+        (MeasureParams(), MeasureParams()),
     ],
 )
 def test_parse(value: object, params: object) -> None:
@@ -31,6 +36,13 @@ def test_true_without_a_default_is_the_published_setting() -> None:
     published = EMInfParams(threshold=0.3, steps=5, learning_rate=0.1, kl_weight=0.001, optimizer="adam")
     assert parse(True) == published
     assert parse(None) is None
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_no_method_has_statistics_unless_asked(method: str) -> None:
+    params, asked = parse({"method": method}), parse({"method": method, "stats": "tokens"})
+    assert params is not None and params.stats == "none"
+    assert asked is not None and asked.stats == "tokens" and asked != params
 
 
 @pytest.mark.parametrize(
@@ -50,8 +62,14 @@ def test_true_without_a_default_is_the_published_setting() -> None:
         ({"learning_rate": 0}, "em_inf.learning_rate", ["0", "above 0, up to 10"]),
         ({"kl_weight": 11}, "em_inf.kl_weight", ["11", "from 0 up to 10"]),
         ({"optimizer": "lion"}, "em_inf.optimizer", ["'lion'", "adam, sgd"]),
-        ({"method": "magic"}, "em_inf.method", ["'magic'", "em_inf, adaptive_temperature"]),
+        ({"method": "magic"}, "em_inf.method", ["'magic'", "em_inf, adaptive_temperature, none"]),
         ({"method": ["em_inf"]}, "em_inf.method", ["a list of 1 items"]),
+        ({"stats": "all"}, "em_inf.stats", ["'all'", "one of none, summary, tokens"]),
+        ({"stats": True}, "em_inf.stats", ["True", "one of none, summary, tokens"]),
+        ({"stats": None}, "em_inf.stats", ["None", "one of none, summary, tokens"]),
+        ({"method": "none", "stats": "all"}, "em_inf.stats", ["'all'", "none, summary, tokens"]),
+        ({"method": "none", "threshold": 0.3}, "em_inf.threshold", ["unknown field", "stats, method"]),
+        ({"method": None}, "em_inf.method", ["None", "one of"]),
         ({"treshold": 0.3}, "em_inf.treshold", ["unknown field", "threshold"]),
         ({"ratio": 0.3}, "em_inf.ratio", ["unknown field", "threshold"]),
         ({7: 0.3}, "em_inf.7", ["unknown field"]),
@@ -87,6 +105,8 @@ def test_errors_name_the_field_the_value_and_the_range(value: Any, field: str, s
         ({"em_inf_steps": 3, "em_inf_threshold": 0.5}, EMInfParams(steps=3, threshold=0.5)),
         ({"em_inf": 1, "em_inf_steps": 3}, EMInfParams(steps=3)),
         ({"em_inf_method": "adaptive_temperature"}, AdaptiveTemperatureParams()),
+        ({"em_inf_method": "none", "em_inf_stats": "summary"}, MeasureParams(stats="summary")),
+        ({"em_inf": {"stats": "tokens"}, "em_report": [1]}, EMInfParams(stats="tokens")),  # not a setting
     ],
 )
 def test_extra_args(extra_args: dict[str, Any] | None, params: object) -> None:
@@ -113,6 +133,8 @@ def test_a_cap_lowers_defaults_and_refuses_requests() -> None:
     assert capped(EMInfParams(threshold=0.5), 3) == EMInfParams(threshold=0.5, steps=3)
     assert capped(EMInfParams(steps=3), 3) == EMInfParams(steps=3)
     assert capped(AdaptiveTemperatureParams(), 0) == AdaptiveTemperatureParams()
+    assert capped(MeasureParams(), 0) == MeasureParams()
+    assert capped(EMInfParams(stats="tokens"), 3) == EMInfParams(stats="tokens", steps=3)
     assert capped(None, 0) is None
     with pytest.raises(ParamsError, match=r"em_inf\.steps: got 4; .* 0 up to 3"):
         capped(EMInfParams(steps=4), 3)

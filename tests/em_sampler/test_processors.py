@@ -1,8 +1,10 @@
-"""The two runners' processors by themselves: who owns a row, and when there is nothing to do.
+"""The two runners' processors by themselves: who owns a row, what is reported of it, and when there is nothing to do.
 
 vLLM's own update and context classes; only its configuration is stood in for, by the sizes that are read from it.
 """
 
+import random
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,23 +16,37 @@ from vllm.v1.sample.logits_processor.interface import BatchUpdate, MoveDirection
 from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsContext, LogitsProcRequestState
 
 from em_sampler import EMInfParams, transform
-from em_sampler.params import Params
-from em_sampler.plugin import EMInfLogitsProcessor
+from em_sampler.params import REPORT_KEY, Params
+from em_sampler.plugin import EMInfLogitsProcessor, requested
+from em_sampler.telemetry import FOLDER_VARIABLE, Report
+from em_sampler.torch_batched import Transformed
 from em_sampler.vllm_v1 import V1Processor
 from em_sampler.vllm_v2 import V2Processor
 
 VOCAB, ROWS, CPU = 50, 8, torch.device("cpu")
-CONFIG: Any = SimpleNamespace(
-    model_config=SimpleNamespace(get_vocab_size=lambda: VOCAB),
-    scheduler_config=SimpleNamespace(max_num_seqs=ROWS),
-    num_speculative_tokens=3,
-)
-STATES: Any = LogitsProcRequestState(CPU, ROWS, VOCAB, *[None] * 4)  # type: ignore[arg-type]
+CHANNEL = "0" * 32
 
 
-def asking(steps: int, temperature: float = 1.0) -> SamplingParams:
-    extra_args = {"em_inf": {"steps": steps, "threshold": 0.0}} if steps else None
-    return SamplingParams(temperature=temperature, extra_args=extra_args)
+def config(rank: int = 0, tensor_parallel_size: int = 1) -> Any:
+    return SimpleNamespace(
+        model_config=SimpleNamespace(get_vocab_size=lambda: VOCAB),
+        scheduler_config=SimpleNamespace(max_num_seqs=ROWS),
+        parallel_config=SimpleNamespace(rank=rank, tensor_parallel_size=tensor_parallel_size),
+        num_speculative_tokens=3,
+    )
+
+
+def states() -> Any:
+    lengths = [SimpleNamespace(gpu=torch.zeros(ROWS, dtype=torch.int32)) for _ in range(2)]
+    unused: Any = None
+    return LogitsProcRequestState(CPU, ROWS, VOCAB, unused, *lengths, unused)  # type: ignore[arg-type]
+
+
+def asking(steps: int, temperature: float = 1.0, report: int | None = None) -> SamplingParams:
+    extra_args: dict[str, Any] = {"em_inf": {"steps": steps, "threshold": 0.0}} if steps else {}
+    if report is not None:
+        extra_args[REPORT_KEY] = [CHANNEL, report, 0, True]
+    return SamplingParams(temperature=temperature, extra_args=extra_args or None)
 
 
 def logits_of(rows: int) -> torch.Tensor:
@@ -43,13 +59,13 @@ def expected(rows: int, steps: list[int]) -> torch.Tensor:
 
 
 def v1() -> V1Processor:
-    processor = EMInfLogitsProcessor(CONFIG, CPU, False)
+    processor = EMInfLogitsProcessor(config(), CPU, False)
     assert isinstance(processor, V1Processor)
     return processor
 
 
 def v2() -> V2Processor:
-    processor = EMInfLogitsProcessor(CONFIG, STATES)
+    processor = EMInfLogitsProcessor(config(), states())
     assert isinstance(processor, V2Processor)
     return processor
 
@@ -77,10 +93,13 @@ def test_v1_follows_the_batch() -> None:
         assert torch.equal(processor.apply(logits_of(len(steps))), expected(len(steps), steps))
 
 
-def context(slots_of_requests: list[int], slots_of_rows: list[int]) -> LogitsContext:
+def context(
+    slots_of_requests: list[int], slots_of_rows: list[int], positions: list[int] | None = None
+) -> LogitsContext:
     rows, requests = torch.tensor(slots_of_rows, dtype=torch.int32), np.array(slots_of_requests)
+    pos = torch.tensor(positions or [0] * len(slots_of_rows))
     unused: Any = None
-    return LogitsContext(rows, unused, requests, unused, unused, unused, unused)
+    return LogitsContext(rows, unused, requests, unused, unused, pos, unused)
 
 
 def test_v2_follows_the_slots() -> None:
@@ -133,3 +152,195 @@ def test_the_cap_holds_for_defaults_too(monkeypatch: pytest.MonkeyPatch, extra_a
     with pytest.raises(ValueError, match=r"em_inf\.steps: .*from 0 up to 3"):
         EMInfLogitsProcessor.validate_params(sampling_params)
     EMInfLogitsProcessor.validate_params(SamplingParams(extra_args={"em_inf_steps": 3}))
+
+
+class Reported:
+    """In the place of `Telemetry`: remembers what it was told of the last step, by request."""
+
+    def __init__(self) -> None:
+        self.bound: dict[int, int] = {}  # slot -> request
+        self.last: list[tuple[int | None, int]] | None = None  # (request, position) of each row
+        self.done: Transformed | None = None
+
+    def bind(self, slot: int, report: Report | None) -> None:
+        self.bound.pop(slot, None)
+        if report:
+            assert report.request not in self.bound.values()
+            self.bound[slot] = report.request
+
+    def begin(self) -> "Reported | None":
+        self.last = None
+        return self if self.bound else None
+
+    def end(self, stage: "Reported", slots: torch.Tensor, positions: torch.Tensor, done: Transformed) -> None:
+        assert stage is self
+        assert slots.dtype == positions.dtype == torch.int32
+        self.last = [(self.bound.get(slot), at) for slot, at in zip(slots.tolist(), positions.tolist(), strict=True)]
+        self.done = done
+
+
+def observed(processor: V1Processor | V2Processor) -> Reported:
+    processor.telemetry = reported = Reported()  # type: ignore[assignment]
+    return reported
+
+
+Row = tuple[SamplingParams, list[int]]
+
+
+def next_update(batch: list[Row | None], make: random.Random, numbers: list[int]) -> tuple[list[Row], BatchUpdate]:
+    """What vLLM may do to a batch between two steps: requests end, others come in their place, holes are filled from
+    the end, and rows are swapped."""
+    removed = [row for row in range(len(batch)) if make.random() < 0.3]
+    replaced = [row for row in removed if make.random() < 0.3]  # vLLM reports such a row as added only
+    for row in removed:
+        batch[row] = None
+    added, moved = [], []
+    places = [*replaced, *(row for row in removed if row not in replaced), *range(len(batch), ROWS)]
+    for row in places[: make.randint(len(replaced), len(places))]:
+        kind = make.random()
+        numbers.append(len(numbers))
+        report = numbers[-1] if kind < 0.7 else None
+        new = asking(make.randint(1, 3) if kind < 0.85 else 0, make.choice([0.0, 1.0]), report), []
+        batch.extend([None] * (row + 1 - len(batch)))
+        batch[row] = new
+        added.append((row, new[0], None, new[1]))
+    while None in batch:
+        hole, last = batch.index(None), batch.pop()
+        if last is not None:
+            batch[hole] = last
+            moved.append((len(batch), hole, MoveDirectionality.UNIDIRECTIONAL))
+    for _ in range(make.randint(0, 2) if len(batch) > 1 else 0):
+        one, other = make.sample(range(len(batch)), 2)
+        batch[one], batch[other] = batch[other], batch[one]
+        moved.append((one, other, MoveDirectionality.SWAP))
+    rows = [row for row in batch if row is not None]
+    return rows, BatchUpdate(len(rows), [row for row in removed if row not in replaced], added, moved)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_v1_reports_each_row_s_request_and_position(seed: int) -> None:
+    """Through a story of requests that come, go and move; at its end every slot is free again."""
+    make, numbers, processor = random.Random(seed), [-1], v1()
+    reported, batch, seen = observed(processor), [], set()
+    for _ in range(60):
+        batch, batch_update = next_update([*batch], make, numbers)
+        for step in range(make.randint(1, 3)):
+            processor.update_state(batch_update if step == 0 else None)
+            reported.last = None
+            processor.apply(logits_of(len(batch)))
+            wanted = [report_of(params, output) for params, output in batch]
+            if any(request is not None for request, _ in wanted):
+                assert reported.last is not None
+                assert [row if row[0] is not None else None for row in reported.last] == [
+                    row if row[0] is not None else None for row in wanted
+                ]
+                seen.update(wanted)
+            else:
+                assert reported.last is None
+            for _, output in batch:
+                output.extend([7] * make.randint(1, 2))
+        own = [params for params, _ in batch if requested(params)]
+        assert len(processor.free_slots) == ROWS - len(own)
+    processor.update_state(update(list(range(len(batch))), [], [], 0))
+    assert sorted(processor.free_slots) == list(range(ROWS))
+    assert not reported.bound
+    assert len({request for request, _ in seen}) > 30  # the story was one
+
+
+def test_v1_forgets_a_request_that_another_is_moved_onto() -> None:
+    processor = v1()
+    reported = observed(processor)
+    processor.update_state(update([], [(0, asking(1, report=10)), (1, asking(2, report=20))], [], 2))
+    processor.update_state(update([], [], [(1, 0, MoveDirectionality.UNIDIRECTIONAL)], 1))
+    assert list(reported.bound.values()) == [20]
+    assert len(processor.free_slots) == ROWS - 1
+
+
+def report_of(params: SamplingParams, output: list[int]) -> tuple[int | None, int]:
+    """What has to be reported of a row: the request's number, if it has a method that is to run, and the position."""
+    number = (params.extra_args or {}).get(REPORT_KEY, [None, None])[1] if requested(params) else None
+    return number, len(output)
+
+
+def test_v1_reports_what_the_transform_measured() -> None:
+    processor = v1()
+    reported = observed(processor)
+    processor.update_state(update([], [(0, asking(0)), (1, asking(3, report=5)), (2, asking(2))], [], 3))
+    processor.apply(logits_of(3))
+    assert reported.done is not None
+    assert reported.last is not None and reported.last[1] == (5, 0)
+    alone = transform(logits_of(3), [None, EMInfParams(steps=3, threshold=0.0), EMInfParams(steps=2, threshold=0.0)])
+    assert reported.done.steps.tolist() == [0, 3, 2]
+    assert torch.equal(reported.done.entropy_before[1:], alone.entropy_before[1:])
+    assert torch.equal(reported.done.entropy_after[1:], alone.entropy_after[1:])
+
+
+def test_v1_has_no_slot_for_rows_without_a_method() -> None:
+    processor = v1()
+    slots: list[list[int]] = []
+    processor.telemetry = SimpleNamespace(  # type: ignore[assignment]
+        bind=lambda *_: None, begin=lambda: True, end=lambda _, where, *__: slots.append(where.tolist())
+    )
+    processor.update_state(update([], [(0, asking(0)), (1, asking(1)), (2, asking(0)), (3, asking(1))], [], 4))
+    processor.apply(logits_of(4))
+    processor.update_state(update([], [], [(0, 1, MoveDirectionality.SWAP)], 4))
+    processor.apply(logits_of(4))
+    before, after = slots
+    assert before[0] == before[2] == -1 and before[1] != before[3] and -1 not in (before[1], before[3])
+    assert after == [before[1], -1, -1, before[3]]
+
+
+def test_v2_reports_the_place_in_the_reply() -> None:
+    processor = v2()
+    reported = observed(processor)
+    for slot, report in [(5, 50), (2, 20), (7, 70), (1, None)]:
+        processor.add_request(slot, asking(1, report=report))
+    processor.add_request(3, asking(0, report=30))  # has no method: nothing to report
+    processor.apply_staged_writes()
+    lengths = processor.req_states
+    for slot, prompt, prefill in [(5, 10, 10), (2, 4, 4), (7, 6, 9), (1, 3, 3), (3, 2, 2)]:
+        lengths.prompt_len.gpu[slot], lengths.prefill_len.gpu[slot] = prompt, prefill
+    # Slot 5 samples its first token and three drafts, slot 2 its ninth, slots 1 and 3 are not reported. Slot 7 comes
+    # back from preemption with three tokens of its reply to be fed again.
+    rows, pos = [5, 5, 5, 5, 2, 7, 1, 3], [9, 10, 11, 12, 11, 7, 4, 4]
+    processor.apply(logits_of(8), context([5, 2, 7, 1, 3], rows, pos))
+    assert reported.last is not None
+    assert reported.last[:6] == [(50, 0), (50, 1), (50, 2), (50, 3), (20, 8), (70, -1)]
+    assert [request for request, _ in reported.last[6:]] == [None, None]
+    processor.apply(logits_of(2), context([7, 5], [7, 5], [8, 8]))
+    assert reported.last == [(70, 3), (50, -1)]  # its prefill is complete; slot 5's is one token short of it
+    assert reported.done is not None and reported.done.steps.tolist() == [1, 1]
+
+
+def test_v2_reports_nothing_of_a_slot_s_last_request() -> None:
+    processor = v2()
+    reported = observed(processor)
+    processor.add_request(4, asking(1, report=40))
+    processor.add_request(5, asking(1, report=50))
+    processor.add_request(4, asking(1))  # the same method, but nobody wants to know
+    assert reported.bound == {5: 50}
+    processor.add_request(5, asking(0, report=51))
+    assert reported.bound == {}
+    processor.add_request(5, asking(2, temperature=0.0, report=52))  # greedy: not looked at
+    assert reported.bound == {}
+    processor.add_request(5, asking(2, report=53))
+    assert reported.bound == {5: 53}
+
+
+@pytest.mark.parametrize("make", ["v1", "v2"])
+@pytest.mark.parametrize(
+    ("rank", "size", "reports"), [(0, 1, True), (0, 2, True), (1, 2, False), (2, 2, True), (3, 2, False), (3, 4, False)]
+)
+def test_the_first_rank_of_a_group_reports_for_all(
+    make: str, rank: int, size: int, reports: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each rank samples the same tokens; `rank` counts over the pipeline's stages too."""
+    monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path))
+    asked = asking(1, report=1)
+    if make == "v1":
+        processor = EMInfLogitsProcessor(config(rank, size), CPU, False)
+        processor.update_state(update([], [(0, asked)], [], 1))
+    else:
+        processor = EMInfLogitsProcessor(config(rank, size), states())
+        processor.add_request(0, asked)
+    assert (processor.telemetry.begin() is not None) is reports

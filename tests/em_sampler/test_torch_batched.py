@@ -9,11 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from em_sampler import AdaptiveTemperatureParams, EMInfParams, oracle, transform
-from em_sampler.params import Params
+from em_sampler.params import MeasureParams, Params
 from em_sampler.torch_batched import NO_METHOD, BatchedTransform, RowParams
 from tests.em_sampler.support import FORMS, expected, total_variation, transform_masked
 
 NAN, INF = math.nan, math.inf
+# Total variation between float32 and the oracle's float64 after as many steps as here; the worst found was 2.4e-5.
+FLOAT32_DRIFT = 1e-4
 
 em_inf = st.builds(
     EMInfParams,
@@ -31,6 +33,7 @@ adaptive = st.builds(
     max_temperature=st.sampled_from([1.0, 2.0]),
 )
 any_params = st.one_of(st.none(), em_inf, adaptive)
+any_method = st.one_of(any_params, st.just(MeasureParams()))
 seeds = st.integers(0, 2**31)
 
 
@@ -59,7 +62,7 @@ def test_every_row_matches_the_oracle(seed: int, vocab: int, params: list[Params
         on_edge = isinstance(wanted, EMInfParams) and near_threshold(before[row], wanted)
         for result in results.values():
             if not on_edge:
-                assert total_variation(result.logits[row].double().numpy(), z) < 2e-5
+                assert total_variation(result.logits[row].double().numpy(), z) < FLOAT32_DRIFT
                 assert result.steps[row] == steps
             assert result.entropy_before[row].item() == pytest.approx(
                 oracle.entropy(before[row].double().numpy()), abs=1e-5
@@ -84,7 +87,7 @@ def near_threshold(row: torch.Tensor, params: EMInfParams) -> bool:
 
 
 @settings(max_examples=40, deadline=None)
-@given(seeds, st.lists(any_params, min_size=2, max_size=10), st.randoms(use_true_random=False))
+@given(seeds, st.lists(any_method, min_size=2, max_size=10), st.randoms(use_true_random=False))
 def test_rows_do_not_see_each_other(seed: int, params: list[Params | None], random) -> None:  # type: ignore[no-untyped-def]
     before = rows_of(seed, len(params), 257)
     together = transform(before.clone(), params)
@@ -140,7 +143,7 @@ def test_no_work_keeps_every_bit(params: Params | None, form: str) -> None:
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("poison", [NAN, INF])
 @pytest.mark.parametrize("params", [EMInfParams(threshold=0.0), AdaptiveTemperatureParams(threshold=0.0)])
-def test_a_row_with_nan_or_inf_passes_through_and_is_counted(params: Params, poison: float, form: str) -> None:
+def test_a_row_with_nan_or_inf_passes_through(params: Params, poison: float, form: str) -> None:
     before = rows_of(3, 3, 64)
     before[1, 10] = poison
     logits = before.clone()
@@ -153,14 +156,26 @@ def test_a_row_with_nan_or_inf_passes_through_and_is_counted(params: Params, poi
         assert torch.equal(logits[row], transform(before[row : row + 1].clone(), [params]).logits[0])
 
 
-def test_an_engine_counts_rows_passed_through() -> None:
-    logits = rows_of(3, 4, 64)
-    logits[1, 10] = NAN
-    logits[3, 10] = NAN
-    engine = BatchedTransform(64, logits.device, max_rows=4)
-    for _ in range(2):
-        engine(logits, RowParams.of([EMInfParams(), EMInfParams(), None, None]))
-    assert engine.passed_through.item() == 2  # row 3 has no method, so nobody looked at it
+@pytest.mark.parametrize("form", FORMS)
+def test_a_row_that_is_only_measured_keeps_every_bit(form: str) -> None:
+    """Among rows with work and without, also where its entropy is above every threshold, or cannot be measured."""
+    before = rows_of(9, 6, 400)
+    before[1, :3] = torch.tensor([-0.0, 1e-42, 3e38])  # signed zero, denormal, huge
+    before[4, 10] = NAN
+    logits = before.clone()
+    measured, em_inf = MeasureParams(), EMInfParams(threshold=0.0)
+    result = FORMS[form](logits, [measured, measured, em_inf, None, measured, AdaptiveTemperatureParams(threshold=0.0)])
+    untouched = [0, 1, 3, 4]
+    assert torch.equal(logits[untouched].view(torch.int32), before[untouched].view(torch.int32))
+    assert result.steps.tolist() == [0, 0, 5, 0, 0, 1]
+    assert result.entropy_before.isnan().tolist() == [False, False, False, True, True, False]
+    for row in (0, 1):
+        assert result.entropy_before[row].item() == pytest.approx(
+            oracle.entropy(before[row].double().numpy()), abs=1e-5
+        )
+        assert result.entropy_after[row] == result.entropy_before[row]
+    for row, params in ((2, em_inf), (5, AdaptiveTemperatureParams(threshold=0.0))):  # not disturbed by its neighbours
+        assert torch.equal(logits[row], transform(before[row : row + 1].clone(), [params]).logits[0])
 
 
 @pytest.mark.parametrize("vocab", [2, 4099])
@@ -189,7 +204,7 @@ def test_sizes(rows: int, vocab: int) -> None:
             assert torch.equal(result.logits[row], before[row])
         else:
             z, _ = expected(before[row], wanted)
-            assert total_variation(result.logits[row].double().numpy(), z) < 2e-5
+            assert total_variation(result.logits[row].double().numpy(), z) < FLOAT32_DRIFT
 
 
 def test_wide_temperature_range_is_searched_to_the_end() -> None:

@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,27 @@ import openai
 import pytest
 
 from tests.engine.launch import ENGINE_FLAGS, START_LIMIT, Server, environment, serve
+from tests.engine.prometheus import counters_are_the_sums_over_the_replies, needs_prometheus
+from tests.engine.support import ALL_LOGPROBS, CAPPED, EM, check
+from tests.engine.support import complete as complete_all
 
 pytestmark = pytest.mark.engine
 
-STRONG = {"threshold": 0.0, "steps": 7, "learning_rate": 10.0, "kl_weight": 0.0}
 NGRAM = ("--speculative-config", json.dumps({"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3}))
+
+
+@pytest.fixture(scope="module")
+def several() -> Iterator[Server]:
+    """Two API servers before a tensor-parallel engine, with an operator's default and cap."""
+    parallel = ("--api-server-count", "2", "--tensor-parallel-size", "2")
+    operator = ("--em-inf-default", json.dumps(CAPPED), "--em-inf-max-steps", str(CAPPED["steps"]))
+    with serve(*parallel, *operator, VLLM_CPU_OMP_THREADS_BIND="0|1") as server:
+        yield server
+
+
+@needs_prometheus
+def test_several_api_servers_and_tensor_parallel_ranks_count_once(several: Server, tmp_path: Path) -> None:
+    counters_are_the_sums_over_the_replies(several, tmp_path, requests=60)
 
 
 def complete(server: Server, **options: Any) -> str:
@@ -25,25 +42,29 @@ def complete(server: Server, **options: Any) -> str:
     return server.client.completions.create(model="demo", prompt="Q", **settings).choices[0].text
 
 
-def test_an_operators_default_and_cap_in_every_api_server() -> None:
-    flags = ("--em-inf-default", json.dumps(STRONG), "--em-inf-max-steps", "7", "--api-server-count", "2")
-    with serve(*flags) as server:
-        greedy = complete(server, temperature=0)
-        for _ in range(6):  # a new connection each time: either process may answer
-            assert complete(server) == greedy
-            assert complete(server, extra_body={"em_inf": False}) != greedy
-            assert complete(server, extra_body={"em_inf": True}) == greedy
-            with pytest.raises(openai.BadRequestError, match=r"got 8; this server allows an integer from 0 up to 7"):
-                complete(server, extra_body={"em_inf": {"steps": 8}})
-        supported = server.http.get("/v1/em_inf").json()
-        assert supported["default"] == STRONG | {"method": "em_inf", "optimizer": "adam"}
-        assert supported["methods"]["em_inf"]["steps"]["maximum"] == 7
-        # The cap also holds where our routes are not in the way.
-        xargs = {"vllm_xargs": {"em_inf_steps": 8}, "max_tokens": 4, "model": "demo"}
-        messages = [{"role": "user", "content": "1"}]
-        answer = server.http.post("/v1/messages", json=xargs | {"messages": messages})
-        assert answer.status_code == 400
-        assert "from 0 up to 7" in answer.text
+def test_an_operators_default_and_cap_in_every_api_server(several: Server) -> None:
+    greedy = complete(several, temperature=0)
+    for _ in range(6):  # a new connection each time: either process may answer
+        assert complete(several) == greedy
+        assert complete(several, extra_body={"em_inf": False}) != greedy
+        assert complete(several, extra_body={"em_inf": True}) == greedy
+        with pytest.raises(openai.BadRequestError, match=r"got 8; this server allows an integer from 0 up to 7"):
+            complete(several, extra_body={"em_inf": {"steps": 8}})
+    supported = several.http.get("/v1/em_inf").json()
+    assert supported["default"] == CAPPED | {"method": "em_inf", "optimizer": "adam", "stats": "none"}
+    assert supported["methods"]["em_inf"]["steps"]["maximum"] == 7
+    # The cap also holds where our routes are not in the way.
+    xargs = {"vllm_xargs": {"em_inf_steps": 8}, "max_tokens": 4, "model": "demo"}
+    messages = [{"role": "user", "content": "1"}]
+    answer = several.http.post("/v1/messages", json=xargs | {"messages": messages})
+    assert answer.status_code == 400
+    assert "from 0 up to 7" in answer.text
+
+
+@needs_prometheus
+def test_data_parallel_engines_report_to_the_server_that_asked(tmp_path: Path) -> None:
+    with serve("--data-parallel-size", "2", "--api-server-count", "2") as server:
+        counters_are_the_sums_over_the_replies(server, tmp_path, requests=60)
 
 
 def test_a_machine_without_a_compiler_answers_with_logprobs(tmp_path: Path) -> None:
@@ -71,9 +92,21 @@ def test_v2_with_speculative_decoding_honours_em_inf() -> None:
     """Every row of a draft gets its request's method: what is accepted and what replaces it are greedy."""
     with serve(*NGRAM, runner="v2") as server:
         greedy = complete(server, temperature=0, max_tokens=40)
-        assert complete(server, max_tokens=40, extra_body={"em_inf": STRONG | {"steps": 64}}) == greedy
+        assert complete(server, max_tokens=40, extra_body={"em_inf": CAPPED | {"steps": 64}}) == greedy
         assert complete(server, max_tokens=40) != greedy
         assert server.metric("vllm:spec_decode_num_draft_tokens_total") > 0
+
+        # A draft's tokens each have a row; what is rejected is sampled again, and counted once.
+        arms: list[Any] = [EM, {"method": "none"}]
+        shared = {"max_tokens": 50, "ignore_eos": True, "temperature": 0.7} | ALL_LOGPROBS
+        bodies = [
+            shared | {"prompt": "12+12+12+12+Q" * (1 + i % 3), "em_inf": arms[i % 2] | {"stats": "tokens"}}
+            for i in range(10)
+        ]
+        accepted = server.metric("vllm:spec_decode_num_accepted_tokens_total")
+        answers = complete_all(server, *bodies)
+        assert sum(check(answer, body["em_inf"]) for answer, body in zip(answers, bodies, strict=True)) == 500
+        assert server.metric("vllm:spec_decode_num_accepted_tokens_total") > accepted
 
 
 def test_a_pooling_model_refuses_em_inf() -> None:

@@ -4,61 +4,16 @@ import asyncio
 import json
 from typing import Any
 
-import numpy as np
 import openai
 import pytest
 
-from em_sampler import oracle
-from em_sampler.params import parse
 from tests.engine.launch import Server
-from tests.engine.support import ADAPTIVE, CHAT, EM, UNSURE, VOCABULARY, complete, post, tokens
+from tests.engine.support import ADAPTIVE, ALL_LOGPROBS, CHAT, EM, UNSURE, check, complete, post, tokens
 
 pytestmark = pytest.mark.engine
 
 NONE = {"method": "none"}
 ARMS: list[Any] = [EM, NONE, ADAPTIVE, EM | {"optimizer": "sgd", "learning_rate": 2.0}]
-ALL_LOGPROBS = {"logprobs": VOCABULARY, "return_tokens_as_token_ids": True}
-
-
-def rows_of(choice: dict[str, Any]) -> np.ndarray[Any, Any]:
-    """The model's log-probabilities at each token of a choice, [tokens, vocab]."""
-    names = [f"token_id:{token}" for token in range(VOCABULARY)]
-    return np.array([[row[name] for name in names] for row in choice["logprobs"]["top_logprobs"]])
-
-
-def check(answer: dict[str, Any], em_inf: dict[str, Any]) -> int:
-    """Hold every token of an answer's choices to the oracle; returns how many there were."""
-    count = 0
-    for choice, entry in zip(answer["choices"], answer["em_inf"], strict=True):
-        rows = rows_of(choice)
-        per_token = entry["per_token"]
-        assert entry["index"] == choice["index"]
-        assert entry["tokens"] == len(per_token) == len(rows) == len(choice["token_ids"])
-        assert entry["missing"] == 0
-        before = [token["before"] for token in per_token]
-        assert np.abs(np.array(before) - [oracle.entropy(row) for row in rows]).max() < 1e-4
-        params = parse(em_inf)
-        for row, token in zip(rows, per_token, strict=True):
-            after, steps = transformed(row, params)
-            if abs(token["before"] - getattr(params, "threshold", -1)) > 1e-4:  # else either side of it is right
-                assert token["steps"] == steps
-                assert abs(token["after"] - after) < 5e-3  # float32 and as many steps; adam magnifies rounding
-        assert entry["steps"] == sum(token["steps"] for token in per_token)
-        assert entry["optimized_tokens"] == sum(token["steps"] > 0 for token in per_token)
-        assert entry["entropy_before"] == pytest.approx(np.mean(before), abs=2e-6)
-        assert entry["entropy_after"] == pytest.approx(np.mean([token["after"] for token in per_token]), abs=2e-6)
-        count += len(rows)
-    return count
-
-
-def transformed(row: oracle.Row, params: Any) -> tuple[float, int]:
-    """Entropy and steps of the oracle."""
-    if params.method == "em_inf":
-        changed, steps = oracle.em_inf(row, params)
-        return oracle.entropy(changed), steps
-    if params.method == "adaptive_temperature":
-        return oracle.entropy(row / oracle.temperature(row, params)), int(oracle.entropy(row) > params.threshold)
-    return oracle.entropy(row), 0
 
 
 def test_every_tokens_entropy_is_its_own(engine: Server) -> None:

@@ -1,0 +1,573 @@
+"""The way of a statistic from the sampler to a socket: what is kept, what is sent, what is lost and counted."""
+
+import contextlib
+import math
+import os
+import stat
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import zmq
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from em_sampler.params import REPORT_KEY
+from em_sampler.records import COUNTED, TOKEN, TOTALS, VALUES, Array, add_tokens
+from em_sampler.telemetry import (
+    FOLDER_VARIABLE,
+    STAGES,
+    WINDOW,
+    WORKER,
+    Ledger,
+    Report,
+    Stage,
+    Telemetry,
+    sockets_folder,
+)
+from em_sampler.torch_batched import Transformed
+from server.stats import Choice
+
+CPU, NAN = torch.device("cpu"), math.nan
+ONE, OTHER = "0123456789abcdef" * 2, "f" * 32
+Values = tuple[float, float, int]
+
+
+def report(request: int, every_token: bool = False, choice: int = 0, channel: str = ONE) -> Report:
+    return Report(channel, request, choice, every_token)
+
+
+# What a request carries
+
+
+def test_a_report_is_read_as_the_server_left_it() -> None:
+    assert Report.of({REPORT_KEY: [ONE, 7, 2, True], "em_inf": {}}) == Report(ONE, 7, 2, True)
+    assert Report.of({REPORT_KEY: (ONE, 0, 0, False)}) == Report(ONE, 0, 0, False)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        None,
+        True,
+        7,
+        ONE,
+        [],
+        {"channel": ONE},
+        [ONE],
+        [ONE, 7, 2],
+        [ONE, 7, 2, True, True],
+        [7, 7, 2, True],
+        [ONE, "7", 2, True],
+        [ONE, -1, 2, True],
+        [ONE, 2**64, 2, True],
+        [ONE, 7, -1, True],
+        [ONE, 7, 2**32, True],
+        [ONE, 7.0, 2, True],
+        [ONE, 7, None, True],
+        [ONE, 7, 2, 1],
+        [ONE, 7, 2, "true"],
+        [ONE[1:], 7, 2, True],
+        [ONE + "0", 7, 2, True],
+        [ONE + "\n", 7, 2, True],
+        [ONE.upper(), 7, 2, True],
+        ["../../../../../../../tmp/a-socket", 7, 2, True],
+        ["", 7, 2, True],
+    ],
+)
+def test_a_report_that_the_server_cannot_have_left_is_none(value: object) -> None:
+    assert Report.of({REPORT_KEY: value}) is None
+
+
+@pytest.mark.parametrize("extra_args", [None, {}, {"em_inf": {"stats": "tokens"}}])
+def test_a_request_without_a_report_has_none(extra_args: dict[str, Any] | None) -> None:
+    assert Report.of(extra_args) is None
+
+
+# What is kept
+
+
+def add(ledger: Ledger, *tokens: tuple[int, int, Values]) -> tuple[list[int], Array]:
+    """One step's tokens, each (slot, position, values)."""
+    slots, positions, values = zip(*tokens, strict=True)
+    now, sent = ledger.add(np.array(slots), np.array(positions), np.array(list(values), dtype=VALUES))
+    return now.tolist(), sent
+
+
+def take(ledger: Ledger, *slots: int) -> tuple[Array, dict[int, Values]]:
+    """Totals of the slots, and the tokens that are not settled, by position."""
+    totals, held, tokens = ledger.take(np.array(slots))
+    assert len(held) == len(tokens)
+    return totals, {position: tuple(values) for _, _, position, *values in tokens.tolist()}
+
+
+def at(position: int) -> Values:
+    return 1.0 + position, 0.5, position
+
+
+def test_a_slot_that_sends_every_token_keeps_none() -> None:
+    ledger = Ledger(3)
+    ledger.bind(1, report(7, every_token=True, choice=2))
+    slots, sent = add(ledger, (1, 0, (1.5, 0.5, 3)), (0, 4, at(4)), (1, 1, (NAN, NAN, 0)), (1, -1, at(9)))
+    assert slots == [1, 1]
+    assert sent[["request", "choice", "position"]].tolist() == [(7, 2, 0), (7, 2, 1)]
+    assert sent[["before", "after", "steps"]].tolist()[0] == (1.5, 0.5, 3)
+    assert math.isnan(sent["before"][1])
+    assert not ledger.waiting()
+
+
+def test_a_slot_for_totals_sends_nothing_until_it_is_asked() -> None:
+    ledger = Ledger(3)
+    ledger.bind(2, report(7, choice=1))
+    for position in range(3):
+        assert len(add(ledger, (2, position, at(position)), (2, -1, at(50)))[1]) == 0
+    assert ledger.waiting()
+    totals, tokens = take(ledger, 2)
+    assert totals[["request", "choice", "tokens"]].tolist() == [(7, 1, 0)]
+    assert tokens == {position: at(position) for position in range(3)}
+    assert not ledger.waiting()
+
+
+def test_the_last_token_of_a_position_is_the_one_that_counts() -> None:
+    ledger = Ledger(1)
+    ledger.bind(0, report(7))
+    add(ledger, *((0, position, (9.0, 9.0, 9)) for position in range(4)))  # a draft, rejected from its second token
+    add(ledger, *((0, position, at(position)) for position in range(1, 5)))
+    assert take(ledger, 0)[1] == {0: (9.0, 9.0, 9)} | {position: at(position) for position in range(1, 5)}
+
+
+def test_a_token_is_settled_a_window_later() -> None:
+    ledger = Ledger(1)
+    ledger.bind(0, report(7))
+    for position in range(WINDOW):
+        add(ledger, (0, position, at(position)))
+    assert ledger.totals["tokens"][0] == 0
+    for position in range(WINDOW, WINDOW + 3):
+        add(ledger, (0, position, at(position)))
+    totals, tokens = take(ledger, 0)
+    assert totals[["first", "upto", "tokens", "steps"]].tolist() == [(0, 3, 3, 0 + 1 + 2)]
+    assert totals["before_sum"][0] == 1.0 + 2.0 + 3.0
+    assert tokens == {position: at(position) for position in range(3, WINDOW + 3)}
+
+
+def test_totals_are_of_what_was_settled_since_they_were_last_taken() -> None:
+    ledger = Ledger(1)
+    ledger.bind(0, report(7))
+    for position in range(WINDOW + 3):
+        add(ledger, (0, position, at(position)))
+    take(ledger, 0)
+    for position in range(WINDOW + 3, WINDOW + 5):
+        add(ledger, (0, position, at(position)))
+    totals, tokens = take(ledger, 0)
+    assert totals[["request", "first", "upto", "tokens", "steps"]].tolist() == [(7, 3, 5, 2, 3 + 4)]
+    assert tokens == {position: at(position) for position in range(5, WINDOW + 5)}
+
+
+def test_a_settled_token_that_is_sampled_again_is_not_counted_again() -> None:
+    ledger = Ledger(1)
+    ledger.bind(0, report(7))
+    for position in range(WINDOW + 1):
+        add(ledger, (0, position, at(position)))
+    add(ledger, (0, 0, (9.0, 9.0, 9)))
+    totals, tokens = take(ledger, 0)
+    assert totals[["first", "upto", "tokens", "steps"]].tolist() == [(0, 1, 1, 0)]
+    assert tokens == {position: at(position) for position in range(1, WINDOW + 1)}
+
+
+def test_a_new_request_finds_nothing_of_the_last_one() -> None:
+    ledger = Ledger(2)
+    ledger.bind(0, report(7))
+    for position in range(WINDOW + 9):
+        add(ledger, (0, position, at(position)))
+    ledger.bind(0, report(8, choice=3))
+    assert not ledger.waiting()
+    add(ledger, (0, 0, at(5)))
+    totals, tokens = take(ledger, 0)
+    assert totals[["request", "choice", "tokens"]].tolist() == [(8, 3, 0)]
+    assert tokens == {0: at(5)}
+    ledger.bind(0, None)
+    add(ledger, (0, 1, at(1)))
+    assert not ledger.waiting()
+
+
+def test_only_slots_with_something_new_are_idle() -> None:
+    ledger = Ledger(4)
+    for slot in range(3):
+        ledger.bind(slot, report(slot))
+    add(ledger, (0, 0, at(0)), (2, 0, at(0)), (3, 0, at(0)))
+    assert ledger.idle(since=-math.inf).tolist() == []
+    assert ledger.idle(since=1e18).tolist() == [0, 2]
+    take(ledger, 0)
+    assert ledger.idle(since=1e18).tolist() == [2]
+
+
+def test_the_slot_that_fell_silent_first_is_sent_first() -> None:
+    """A preempted request may leave a draft in one slot and go on in another: what is newer has to come last."""
+    ledger = Ledger(4)
+    for slot in (3, 0):
+        ledger.bind(slot, report(7))
+        add(ledger, (slot, 1, at(slot)))
+        time.sleep(0.001)
+    assert ledger.idle(since=1e18).tolist() == [3, 0]
+
+
+class Sampled:
+    """A request as the engine has it: how long its reply is, and what was last sampled for each position."""
+
+    def __init__(self, name: Report) -> None:
+        self.report = name
+        self.length = 0
+        self.last: dict[int, Values] = {}
+
+
+class Engine:
+    """Slots with requests, a ledger that is told of them, and a server that gets what the ledger sends."""
+
+    def __init__(self, slots: int) -> None:
+        self.ledger = Ledger(slots)
+        self.held: list[Sampled | None] = [None] * slots
+        self.requests: list[Sampled] = []
+        self.received: dict[tuple[int, int], Choice] = {}
+        self.count = 0
+
+    def step(self, slot: int, drafts: int, accepted: int) -> list[tuple[int, int, Values]]:
+        """One step's rows of a slot: `drafts` tokens beside the next, of which `accepted` are taken."""
+        request = self.held[slot]
+        if request is None:
+            return [(slot, self.count % 5, self.value())]  # of a request without a report
+        rows = [(slot, request.length + i, self.value()) for i in range(drafts + 1)]
+        request.last |= {position: values for _, position, values in rows}
+        request.length += 1 + min(accepted, drafts)
+        return rows
+
+    def value(self) -> Values:
+        """Unlike any other; sums of such entropies are exact."""
+        self.count += 1
+        return (NAN, NAN, 0) if self.count % 11 == 0 else (self.count / 64, self.count % 7 / 64, self.count % 4)
+
+    def sample(self, rows: list[tuple[int, int, Values]]) -> None:
+        self.deliver(np.zeros(0, dtype=TOTALS), add(self.ledger, *rows)[1])
+
+    def settle(self, slot: int) -> None:
+        if np.isfinite(self.ledger.changed[slot]):
+            totals, _, tokens = self.ledger.take(np.array([slot]))
+            self.deliver(totals, tokens)
+
+    def bind(self, slot: int, request: Sampled | None) -> None:
+        self.settle(slot)
+        self.ledger.bind(slot, request and request.report)
+        self.held[slot] = request
+        if request and request not in self.requests:
+            self.requests.append(request)
+
+    def move(self, source: int, target: int, again: int) -> None:
+        """Preempt a request and resume it elsewhere, the last of its tokens sampled again."""
+        request = self.held[source]
+        self.bind(source, None)
+        if request:
+            request.length = max(0, request.length - again)
+        self.bind(target, request)
+
+    def deliver(self, totals: Array, tokens: Array) -> None:
+        """As `server.stats.Statistics.receive` takes a message in."""
+        for request, choice, position, *values in tokens.tolist():
+            self.received.setdefault((request, choice), Choice()).records[position] = tuple(values)
+        for row in totals:
+            self.received.setdefault((int(row["request"]), int(row["choice"])), Choice()).add_totals(row)
+
+
+SLOTS = 3
+slots = st.integers(0, SLOTS - 1)
+few = st.integers(0, 3)
+actions = st.one_of(
+    st.tuples(st.just("step"), st.lists(st.tuples(st.integers(0, 3), few), min_size=SLOTS, max_size=SLOTS)),
+    st.tuples(st.just("run"), st.tuples(st.integers(1, 3 * WINDOW), few, few)),
+    st.tuples(st.just("take"), slots),
+    st.tuples(st.just("bind"), st.tuples(slots, st.booleans())),
+    st.tuples(st.just("leave"), slots),
+    st.tuples(st.just("move"), st.tuples(slots, slots, few)),
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(st.booleans(), min_size=SLOTS, max_size=SLOTS), st.lists(actions, max_size=25))
+def test_a_server_gets_the_last_token_of_every_position_once(kinds: list[bool], story: list[Any]) -> None:
+    engine, number = Engine(SLOTS), 0
+    for slot, every_token in enumerate(kinds):
+        engine.bind(slot, Sampled(report(number, every_token, choice=number % 2)))
+        number += 1
+    for action, how in story:
+        if action == "step":
+            rows = [row for slot, (drafts, accepted) in enumerate(how) for row in engine.step(slot, drafts, accepted)]
+            engine.sample([*rows[::-1], (0, -1, (5.0, 5.0, 5))])  # and a row in prefill, which has no position
+        elif action == "run":
+            for _ in range(how[0]):
+                engine.sample([row for slot in range(SLOTS) for row in engine.step(slot, how[1], how[2])])
+        elif action == "take":
+            engine.settle(how)
+        elif action == "bind":
+            engine.bind(how[0], Sampled(report(number, how[1], choice=number % 2)))
+            number += 1
+        elif action == "leave":
+            engine.bind(how, None)
+        else:
+            engine.move(*how)
+    for slot in range(SLOTS):
+        engine.settle(slot)
+    for request in engine.requests:
+        reply = [request.last[position] for position in range(request.length)]
+        choice = engine.received.get((request.report.request, request.report.choice), Choice())
+        choice.tokens = request.length
+        assert choice.missing() == 0
+        if request.report.every_token:
+            known = [choice.records[position] for position in range(request.length)]
+            assert repr(known) == repr(reply)  # NaN is like itself here
+        choice.settle()
+        expected = np.zeros(1, dtype=TOTALS)
+        add_tokens(expected, np.zeros(len(reply), dtype=np.intp), np.array(reply, dtype=VALUES))
+        for name in COUNTED:
+            assert choice.totals[name].tolist() == expected[name].tolist(), name
+
+
+# What is sent
+
+
+@pytest.fixture
+def folder(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    with sockets_folder() as path:
+        monkeypatch.setenv(FOLDER_VARIABLE, path)
+        yield Path(path)
+
+
+class Server:
+    """An API server's end."""
+
+    def __init__(self, folder: Path, channel: str) -> None:
+        self.socket = zmq.Context.instance().socket(zmq.PULL)
+        self.socket.bind(f"ipc://{folder / channel}")
+
+    def receive(self) -> tuple[Array, Array, np.void]:
+        assert self.socket.poll(10_000), "nothing came"
+        tokens, totals, worker = self.socket.recv_multipart()
+        return np.frombuffer(tokens, TOKEN), np.frombuffer(totals, TOTALS), np.frombuffer(worker, WORKER)[0]
+
+
+@contextlib.contextmanager
+def server(folder: Path, channel: str = ONE) -> Iterator[Server]:
+    opened = Server(folder, channel)
+    try:
+        yield opened
+    finally:
+        opened.socket.close(linger=0)
+
+
+def step(telemetry: Telemetry, *rows: tuple[int, int, Values]) -> Stage:
+    stage = telemetry.begin()
+    assert stage is not None
+    where, positions, values = zip(*rows, strict=True)
+    before, after, steps = zip(*values, strict=True)
+    done = Transformed(torch.empty(0), torch.tensor(before), torch.tensor(after), torch.tensor(steps).int())
+    telemetry.end(stage, torch.tensor(where).int(), torch.tensor(positions).int(), done)
+    return stage
+
+
+def read(tokens: Array) -> list[tuple[Any, ...]]:
+    return [(request, choice, position, *values) for request, choice, position, *values in tokens.tolist()]
+
+
+def test_every_token_arrives_as_it_is_sampled(folder: Path) -> None:
+    telemetry = Telemetry(3, 5, CPU)  # the last slot: no slot, -1, is not it
+    with server(folder) as one:
+        telemetry.bind(2, report(7, every_token=True, choice=1))
+        step(telemetry, (-1, 5, at(1)), (2, 0, (1.5, 0.25, 3)), (0, 0, at(1)), (2, 1, (2.5, 0.5, 4)), (2, -1, at(1)))
+        tokens, totals, worker = one.receive()
+        assert read(tokens) == [(7, 1, 0, 1.5, 0.25, 3), (7, 1, 1, 2.5, 0.5, 4)]
+        assert len(totals) == 0
+        assert worker["seconds"] > 0
+        assert worker["dropped"] == 0
+
+
+def test_totals_arrive_when_a_request_falls_silent(folder: Path) -> None:
+    telemetry = Telemetry(1, 1, CPU)
+    with server(folder) as one:
+        telemetry.bind(0, report(7, choice=1))
+        for position in range(WINDOW + 2):
+            step(telemetry, (0, position, at(position)))
+        choice = Choice()
+        choice.tokens = WINDOW + 2
+        while choice.missing():
+            tokens, totals, _ = one.receive()
+            assert {*tokens["request"], *totals["request"]} == {7}
+            assert {*tokens["choice"], *totals["choice"]} == {1}
+            choice.records |= {position: tuple(values) for _, _, position, *values in tokens.tolist()}
+            for row in totals:
+                choice.add_totals(row)
+        choice.settle()
+        assert choice.totals["steps"][0] == sum(range(WINDOW + 2))
+
+
+def test_totals_arrive_when_the_slot_is_taken_over(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("em_sampler.telemetry.IDLE", 1000.0)
+    telemetry = Telemetry(2, 2, CPU)
+    with server(folder) as one:
+        telemetry.bind(0, report(7))
+        telemetry.bind(1, report(8, every_token=True))
+        for position in range(WINDOW + 2):
+            step(telemetry, (0, position, at(position)), (1, position, at(position)))
+            tokens, totals, _ = one.receive()
+            assert read(tokens) == [(8, 0, position, *at(position))]
+            assert len(totals) == 0
+        telemetry.bind(0, report(9))
+        tokens, totals, _ = one.receive()
+        assert totals[["request", "first", "upto", "tokens", "steps"]].tolist() == [(7, 0, 2, 2, 1)]
+        assert sorted(read(tokens)) == [(7, 0, position, *at(position)) for position in range(2, WINDOW + 2)]
+
+
+def test_each_server_gets_its_own(folder: Path) -> None:
+    telemetry = Telemetry(4, 4, CPU)
+    with server(folder, ONE) as one, server(folder, OTHER) as other:
+        telemetry.bind(0, report(7, every_token=True, channel=ONE))
+        telemetry.bind(1, report(7, every_token=True, channel=OTHER))
+        telemetry.bind(2, report(8, channel=OTHER))
+        telemetry.bind(3, report(9, channel=ONE))
+        step(telemetry, *((slot, slot, at(slot)) for slot in range(4)))
+        for end, every, total in ((one, (7, 0, 0), (9, 0, 3)), (other, (7, 0, 1), (8, 0, 2))):
+            tokens, totals = [], []
+            while len(tokens) < 2:  # the second when its request has fallen silent
+                more, rows, _ = end.receive()
+                tokens += read(more)
+                totals += rows["request"].tolist()
+            assert tokens == [(*every, *at(every[2])), (*total, *at(total[2]))]
+            assert totals == [total[0]]
+            assert end.socket.poll(0) == 0
+
+
+def test_the_seconds_are_told_once(folder: Path) -> None:
+    telemetry = Telemetry(2, 2, CPU)
+    with server(folder, ONE) as one, server(folder, OTHER) as other:
+        telemetry.bind(0, report(7, every_token=True, channel=ONE))
+        telemetry.bind(1, report(8, every_token=True, channel=OTHER))
+        step(telemetry, (0, 0, at(0)), (1, 0, at(0)))
+        seconds = sorted(end.receive()[2]["seconds"] for end in (one, other))
+        assert seconds[0] == 0 < seconds[1]
+
+
+def test_without_a_report_there_is_no_thread(folder: Path) -> None:
+    telemetry = Telemetry(2, 2, CPU)
+    telemetry.bind(0, None)
+    assert telemetry.begin() is None
+    assert telemetry.thread is None
+
+
+@pytest.mark.parametrize("without", ["a folder", "its rank's turn"])
+def test_nothing_is_reported_without(without: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if without == "a folder":
+        monkeypatch.delenv(FOLDER_VARIABLE)
+    telemetry = Telemetry(2, 2, CPU, reports=without == "a folder")
+    telemetry.bind(0, report(7, every_token=True))
+    assert telemetry.begin() is None
+    assert telemetry.thread is None
+    assert not telemetry.stages
+
+
+def test_nothing_is_reported_once_the_last_request_has_left(folder: Path) -> None:
+    telemetry = Telemetry(2, 2, CPU)
+    telemetry.bind(0, report(7))
+    telemetry.bind(1, report(8))
+    telemetry.bind(0, None)
+    assert telemetry.begin() is not None
+    telemetry.bind(1, None)
+    assert telemetry.begin() is None
+
+
+def test_records_for_an_unknown_server_are_counted(folder: Path) -> None:
+    telemetry = Telemetry(2, 2, CPU)
+    with server(folder) as one:
+        telemetry.bind(0, report(7, every_token=True, channel=OTHER))
+        telemetry.bind(1, report(8, every_token=True))
+        step(telemetry, (0, 0, at(0)), (0, 1, at(1)), (0, 2, at(2)))
+        step(telemetry, (1, 0, at(0)))
+        tokens, _, worker = one.receive()
+        assert read(tokens) == [(8, 0, 0, *at(0))]
+        assert worker["dropped"] == 3
+        step(telemetry, (1, 1, at(1)))
+        assert one.receive()[2]["dropped"] == 0  # told once
+        assert telemetry.thread is not None and telemetry.thread.is_alive()
+
+
+def test_without_room_a_step_is_dropped_and_counted(folder: Path) -> None:
+    telemetry = Telemetry(3, 3, CPU)
+    with server(folder) as one:
+        for slot in range(2):
+            telemetry.bind(slot, report(slot, every_token=True))
+        taken = [telemetry.begin() for _ in range(STAGES)]
+        assert None not in taken
+        assert telemetry.begin() is None
+        assert telemetry.begin() is None
+        telemetry.stages.append(Stage(3, CPU))
+        step(telemetry, (0, 0, at(0)))
+        assert one.receive()[2]["dropped"] == 4
+
+
+def test_a_stage_is_used_again_and_again(folder: Path) -> None:
+    telemetry = Telemetry(1, 1, CPU)
+    with server(folder) as one:
+        telemetry.bind(0, report(7, every_token=True))
+        for position in range(2 * STAGES):
+            step(telemetry, (0, position, at(position)))
+            tokens, _, worker = one.receive()
+            assert read(tokens) == [(7, 0, position, *at(position))]
+            assert worker["dropped"] == 0
+
+
+def test_a_step_that_cannot_be_read_does_not_stop_the_next(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail() -> None:
+        raise RuntimeError("the device is gone")
+
+    telemetry = Telemetry(1, 1, CPU)
+    with server(folder) as one:
+        telemetry.bind(0, report(7, every_token=True))
+        monkeypatch.setattr(telemetry.stages[0], "wait", fail)
+        step(telemetry, (0, 0, at(0)))
+        step(telemetry, (0, 1, at(1)))
+        assert read(one.receive()[0]) == [(7, 0, 1, *at(1))]
+        assert "the device is gone" in caplog.text
+        assert len(telemetry.stages) == STAGES  # its room is free again
+
+
+# Where
+
+
+@pytest.mark.parametrize("inside", ["short", "a-long-name-of-a-folder-for-temporary-files-" * 2])
+def test_the_folder_of_sockets_is_its_owner_s_alone(
+    inside: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / inside).mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / inside))
+    with sockets_folder() as folder:
+        assert stat.S_IMODE(os.stat(folder).st_mode) == 0o700
+        assert len(os.fsencode(f"{folder}/{ONE}")) <= 107  # what a unix socket's path may have
+        with server(Path(folder)):
+            assert os.listdir(folder) == [ONE]
+    assert not os.path.exists(folder)
+
+
+def test_the_folder_of_sockets_is_where_temporary_files_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    with tempfile.TemporaryDirectory(dir="/tmp") as chosen:
+        monkeypatch.setattr(tempfile, "tempdir", chosen)
+        with sockets_folder() as folder:
+            assert os.path.dirname(folder) == chosen
+
+
+def test_a_path_is_measured_in_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    with tempfile.TemporaryDirectory(dir="/tmp", suffix="é" * 30) as chosen:  # under fifty characters, over in bytes
+        monkeypatch.setattr(tempfile, "tempdir", chosen)
+        with sockets_folder() as folder, server(Path(folder)):
+            assert os.path.dirname(folder) == "/tmp"
