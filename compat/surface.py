@@ -5,6 +5,7 @@ from compat.sources import METADATA, Sources
 
 PLUGIN, V1, V2 = "em_sampler/plugin.py", "em_sampler/vllm_v1.py", "em_sampler/vllm_v2.py"
 CLI, ENDPOINTS, PROTOCOL = "server/cli.py", "server/plugin.py", "server/protocol.py"
+ENGINE, TRACING, REPLY = "server/engine.py", "server/tracing.py", "server/reply.py"
 
 CONFIG, SAMPLING, SERVE = "vllm/config/__init__.py", "vllm/sampling_params.py", "vllm/entrypoints/cli/serve.py"
 V1_LOADER, V1_INTERFACE = (f"vllm/v1/sample/logits_processor/{name}.py" for name in ("__init__", "interface"))
@@ -42,6 +43,13 @@ SURFACE: dict[tuple[str, str], dict[Check, str]] = {
     (V1, CONFIG): {
         signature("VllmConfig.model_config.get_vocab_size(self)"): "columns of the logits",
         has("VllmConfig.scheduler_config", "max_num_seqs"): "most rows of the logits",
+        has("VllmConfig.parallel_config", "tensor_parallel_size"): "the first rank of each group reports",
+    },
+    (V1, SAMPLING): {has("SamplingParams", "extra_args"): "what an added row comes with"},
+    (V1, "vllm/v1/worker/worker_base.py"): {
+        contains(
+            "WorkerBase.__init__", "self.parallel_config.rank = rank"
+        ): "this worker's; tensor-parallel ranks first",
     },
     (V1, V1_INTERFACE): {
         asks_for("LogitsProcessor", "__init__", "apply", "is_argmax_invariant", "update_state"): "we have these four",
@@ -57,6 +65,9 @@ SURFACE: dict[tuple[str, str], dict[Check, str]] = {
     },
     (V1, "vllm/v1/worker/gpu_input_batch.py"): {
         contains("InputBatch.refresh_metadata", "logit_proc.update_state(batch_update)"): "called when rows change",
+        contains(
+            "InputBatch._register_add_request", "request.output_token_ids"
+        ): "the list that grows: its length is the position of the token being sampled",
     },
     (V1, V1_SAMPLER): {
         contains(
@@ -67,7 +78,15 @@ SURFACE: dict[tuple[str, str], dict[Check, str]] = {
     },
     # The V2 runner.
     (V2, SAMPLING): {has("SamplingParams", "extra_args"): "what `add_request` is handed"},
-    (V2, CONFIG): {has("VllmConfig", "num_speculative_tokens"): "a row more for each draft token"},
+    (V2, CONFIG): {
+        has("VllmConfig", "num_speculative_tokens"): "a row more for each draft token",
+        has("VllmConfig.parallel_config", "tensor_parallel_size"): "the first rank of each group reports",
+    },
+    (V2, "vllm/v1/worker/gpu/buffer_utils.py"): {
+        contains(
+            "UvaBackedTensor.__init__", "self.gpu = self.pool.copy_to_uva(self.np)"
+        ): "lengths, read on the device",
+    },
     (V2, V2_INTERFACE): {
         asks_for("LogitsProcessor", "apply"): "we have it",
         signature("LogitsProcessor.__init__(self, vllm_config, req_states)"): "the constructor",
@@ -75,7 +94,10 @@ SURFACE: dict[tuple[str, str], dict[Check, str]] = {
         signature("LogitsProcessor.apply_staged_writes(self)"): "where the table goes to the device",
         signature("LogitsProcessor.apply(self, logits, ctx)"): "the transform's place",
         has("LogitsProcRequestState", "max_num_reqs", "device", "vocab_size"): "sizes and device",
-        has("LogitsContext", "idx_mapping_np", "expanded_idx_mapping"): "requests to slots, rows to slots",
+        has("LogitsProcRequestState", "prompt_len", "prefill_len"): "what of a sequence is reply, and what is sampled",
+        has(
+            "LogitsContext", "idx_mapping_np", "expanded_idx_mapping", "pos"
+        ): "requests to slots, rows to slots, where",
     },
     (V2, V2_SAMPLER): {
         contains(
@@ -155,6 +177,49 @@ SURFACE: dict[tuple[str, str], dict[Check, str]] = {
     (ENDPOINTS, V1_LOADER): {contains("build_logitsprocs", "vllm_config.speculative_config"): "where V1 drops us"},
     (ENDPOINTS, "vllm/exceptions.py"): {
         signature("VLLMValidationError.__init__(self, message, *, parameter=None, value=None)"): "HTTP 400",
+        contains("VLLMClientError", "VLLMError"): "what counts as rejected",
+        contains("VLLMValidationError", "VLLMClientError"): "one of these",
+    },
+    # The engine client, where statistics come by.
+    (ENGINE, "vllm/engine/protocol.py"): {
+        matches(
+            r"def (generate)\(\s+self,\s+prompt:[^*]+\bsampling_params: SamplingParams,\s+request_id: str,\s+[*],",
+            "generate",
+        ): "how every route reaches the engine: wrapped",
+        signature("EngineClient.is_tracing_enabled(self)"): "whether requests have spans",
+    },
+    (ENGINE, SAMPLING): {
+        has("SamplingParams", "extra_args", "n", "output_kind"): "the way to the worker; samples; how to count tokens",
+        has("RequestOutputKind", "DELTA"): "outputs are new tokens, otherwise all so far",
+    },
+    (ENGINE, "vllm/outputs.py"): {
+        contains(
+            "RequestOutput.__init__", "self.outputs = outputs", "self.finished = finished"
+        ): "what `generate` yields",
+        has("CompletionOutput", "index", "token_ids"): "which sample, which tokens",
+    },
+    (ENGINE, "vllm/v1/engine/parallel_sampling.py"): {
+        signature("ParentRequest.get_child_info(self, index)"): "wrapped: samples of a request are told apart",
+        contains("ParentRequest._get_child_sampling_params", "copy(self.sampling_params)"): "they share extra_args",
+    },
+    (ENGINE, "vllm/v1/engine/async_llm.py"): {
+        contains("AsyncLLM.add_request", "parent_request.get_child_info(idx)"): "how it is called",
+    },
+    (TRACING, "vllm/v1/engine/output_processor.py"): {
+        signature("OutputProcessor.do_tracing(self, engine_core_output, req_state, iteration_stats)"): "made to wait",
+        contains(
+            "OutputProcessor.process_outputs", "self.do_tracing(engine_core_output, req_state, iteration_stats)"
+        ): "how it is called",
+        contains(
+            "RequestState.__init__", "self.external_req_id = external_req_id", "self.request_index"
+        ): "which reply",
+    },
+    (TRACING, "vllm/tracing/otel.py"): {
+        contains("init_otel_tracer", "set_tracer_provider(trace_provider)"): "where our span processor is added",
+    },
+    (REPLY, ROUTES): {
+        contains(path, "StreamingResponse"): "a stream is one of these, other replies are bytes"
+        for path in (CHAT, COMPLETIONS, RESPONSES)
     },
     # The request models, which we know by their fields alone.
     (PROTOCOL, ROUTES): {

@@ -19,7 +19,7 @@ from em_sampler.supported import SUPPORTED_VLLM, VLLM_DISTRIBUTIONS, installed_v
 from server.cli import FILTERED_GROUPS
 
 ROOT = Path(surface.__file__).parent.parent
-IMPORTING = {surface.PLUGIN, surface.V1, surface.V2, surface.CLI, surface.ENDPOINTS}
+IMPORTING = {surface.PLUGIN, surface.V1, surface.V2, surface.CLI, surface.ENDPOINTS, surface.ENGINE}
 PACKAGES = sorted(init.parent.name for init in ROOT.glob("*/__init__.py") if init.parent.name != "tests")
 
 

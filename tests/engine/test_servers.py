@@ -90,7 +90,7 @@ def test_v1_with_speculative_decoding_refuses_em_inf() -> None:
 
 def test_v2_with_speculative_decoding_honours_em_inf() -> None:
     """Every row of a draft gets its request's method: what is accepted and what replaces it are greedy."""
-    with serve(*NGRAM, runner="v2") as server:
+    with serve(*NGRAM, "--max-logprobs", "-1", runner="v2") as server:
         greedy = complete(server, temperature=0, max_tokens=40)
         assert complete(server, max_tokens=40, extra_body={"em_inf": CAPPED | {"steps": 64}}) == greedy
         assert complete(server, max_tokens=40) != greedy
@@ -101,11 +101,11 @@ def test_v2_with_speculative_decoding_honours_em_inf() -> None:
         shared = {"max_tokens": 50, "ignore_eos": True, "temperature": 0.7} | ALL_LOGPROBS
         bodies = [
             shared | {"prompt": "12+12+12+12+Q" * (1 + i % 3), "em_inf": arms[i % 2] | {"stats": "tokens"}}
-            for i in range(10)
+            for i in range(6)
         ]
         accepted = server.metric("vllm:spec_decode_num_accepted_tokens_total")
         answers = complete_all(server, *bodies)
-        assert sum(check(answer, body["em_inf"]) for answer, body in zip(answers, bodies, strict=True)) == 500
+        assert sum(check(answer, body["em_inf"]) for answer, body in zip(answers, bodies, strict=True)) == 300
         assert server.metric("vllm:spec_decode_num_accepted_tokens_total") > accepted
 
 
