@@ -16,6 +16,7 @@ from typing import Any
 
 import httpx
 import openai
+import psutil
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -47,6 +48,7 @@ class Server:
     url: str
     runner: str
     log: Path
+    pid: int
 
     @property
     def client(self) -> openai.OpenAI:
@@ -65,6 +67,12 @@ class Server:
         series = [line for line in lines if line.startswith((name + "{", name + " "))]
         wanted = [f'{label}="{value}"' for label, value in labels.items()]
         return sum(float(line.split()[-1]) for line in series if all(label in line for label in wanted))
+
+    def memory(self) -> dict[str, int]:
+        """Resident bytes of the server's process ("server") and of those below it."""
+        process = psutil.Process(self.pid)
+        children = {f"{child.pid} {child.cmdline()[-1]}": child for child in process.children(recursive=True)}
+        return {name: each.memory_info().rss for name, each in ({"server": process} | children).items()}
 
     def until(self, true: Callable[[], bool], limit: float = 20) -> None:
         """Wait for what the server does after it has answered."""
@@ -92,7 +100,7 @@ def serve(*flags: str, runner: str = "v1", **env: str) -> Iterator[Server]:
             start_new_session=True,
         )
     try:
-        server = Server(f"http://127.0.0.1:{port}", runner, log)
+        server = Server(f"http://127.0.0.1:{port}", runner, log, process.pid)
         _wait(server, process)
         yield server
     finally:

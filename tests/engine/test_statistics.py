@@ -188,3 +188,23 @@ def test_clients_that_go_away_leave_nothing_behind(engine: Server) -> None:
     engine.until(lambda: engine.metric("em_inf_requests_total", outcome="aborted") == before + 18)
     engine.until(lambda: engine.metric("em_inf_tracked_requests") == 0)
     assert complete(engine, {"prompt": UNSURE, "max_tokens": 2, "em_inf": EM | {"stats": "summary"}})[0]["em_inf"]
+
+
+def test_ten_thousand_requests_leave_nothing_behind(v1: Server) -> None:
+    """vLLM's engine process grows by itself, em_inf or not (by 10 MB in as many requests); ours adds nothing."""
+    arms: list[Any] = [EM | {"stats": "tokens"}, EM | {"stats": "summary"}, EM, NONE | {"stats": "none"}]
+    shared = {"prompt": [UNSURE] * 50, "max_tokens": 2, "ignore_eos": True}
+
+    def ten_thousand() -> dict[str, int]:
+        for _ in range(10):
+            answers = complete(v1, *[shared | {"em_inf": arms[i % 4]} for i in range(20)])
+            assert sum(answer["usage"]["completion_tokens"] for answer in answers) == 2000
+        v1.until(lambda: v1.metric("em_inf_tracked_requests") == 0)
+        return v1.memory()
+
+    ten_thousand()
+    tokens_before, before = v1.metric("em_inf_tokens_total"), v1.memory()
+    grown = {process: (size - before[process]) / 2**20 for process, size in ten_thousand().items()}
+    assert v1.metric("em_inf_tokens_total") == tokens_before + 20_000
+    assert grown.pop("server") < 4, "more than 400 bytes a request"
+    assert max(grown.values()) < 25, grown
