@@ -3,7 +3,7 @@
 Entropies are in nats. NaN means not measured: the row held NaN or +inf and was passed through.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,6 +32,10 @@ TOTALS = np.dtype(
 )
 COUNTED = [name for name in TOTALS.names or () if name not in ("request", "choice", "first", "upto")]
 
+# What precedes them in a message: how many there are, and since the last message the worker's seconds in the transform
+# and the records that it lost.
+HEADER = np.dtype([("tokens", "u4"), ("totals", "u4"), ("seconds", "f8"), ("dropped", "u8")])
+
 Array = NDArray[np.void]
 
 
@@ -54,3 +58,17 @@ def add_totals(target: Array, others: Iterable[np.void]) -> None:
     for other in others:
         for name in COUNTED:
             target[name] += other[name]
+
+
+def pack(tokens: Sequence[Array], totals: Sequence[Array], seconds: float, dropped: int) -> bytes:
+    """A message from a worker to an API server."""
+    header = np.array((sum(map(len, tokens)), sum(map(len, totals)), seconds, dropped), dtype=HEADER)
+    return b"".join(part.tobytes() for part in (header, *tokens, *totals))
+
+
+def unpack(message: bytes) -> tuple[Array, Array, np.void]:
+    """(tokens, totals, header) of a message."""
+    header: np.void = np.frombuffer(message, HEADER, count=1)[0]
+    tokens: Array = np.frombuffer(message, TOKEN, count=header["tokens"], offset=HEADER.itemsize)
+    totals: Array = np.frombuffer(message, TOTALS, count=header["totals"], offset=HEADER.itemsize + tokens.nbytes)
+    return tokens, totals, header

@@ -10,7 +10,7 @@ import re
 import tempfile
 import threading
 import time
-from collections import defaultdict, deque
+from collections import deque
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from em_sampler.params import REPORT_KEY
-from em_sampler.records import TOKEN, TOTALS, VALUES, Array, add_tokens
+from em_sampler.records import TOKEN, TOTALS, Array, add_tokens, pack
 from em_sampler.torch_batched import Transformed
 
 logger = logging.getLogger(__name__)
@@ -34,9 +34,8 @@ MAX_TEMPORARY = 50  # bytes; a unix socket's path has at most 107, of which CHAN
 CHANNEL = re.compile("[0-9a-f]{32}")
 STAGES = 64  # steps that may be under way to the thread; one more is dropped and counted
 WINDOW = 32  # tokens after which one is settled: neither sampled again nor found to lie past the end of its reply
-IDLE = 0.1  # seconds without a token after which a request's totals are sent: no runner tells of its end in time
-COLUMNS = 5  # slot, position, and the three of VALUES
-WORKER = np.dtype([("seconds", "f8"), ("dropped", "u8")])  # in the transform; records lost: since the last message
+IDLE = 0.25  # seconds between totals, and without a token after which a request counts as over: no runner tells
+COLUMNS = 5  # slot, position, entropy before and after (as int32), steps
 
 Ints = NDArray[np.int64]
 
@@ -102,82 +101,85 @@ class Stage:
         return self.rows.numpy(), self.events[0].elapsed_time(self.events[1]) / 1000
 
 
-class Ledger:
-    """What each slot's request has sampled and not yet sent."""
+class Account:
+    """What one API server is to be told: some tokens as they come, of others only the totals."""
 
-    def __init__(self, slots: int) -> None:
-        self.reports: list[Report | None] = [None] * slots
-        self.every_token = np.zeros(slots, dtype=bool)
-        self.totalled = np.zeros(slots, dtype=bool)
-        self.changed = np.full(slots, np.inf)  # when a slot with something to send last got a token
-        self.totals = np.zeros(slots, dtype=TOTALS)
-        self.recent = np.zeros((slots, WINDOW), dtype=VALUES)  # the token at position p is in column p % WINDOW
-        self.positions = np.full((slots, WINDOW), -1, dtype=np.int64)
+    def __init__(self) -> None:
+        self.tokens: list[Array] = []  # to be sent
+        self.totals: list[Array] = []  # to be sent
+        self.log: list[Array] = []  # tokens to be totalled, in the order in which they were sampled
+        self.tail = np.zeros(0, dtype=TOKEN)  # those of before that may still change
+
+    def waiting(self) -> bool:
+        """Whether there is anything to total."""
+        return bool(self.log) or len(self.tail) > 0
+
+    def settle(self) -> None:
+        """Total what will not change; tokens at the end of a request that has had no new one are sent as they are."""
+        tokens = np.concatenate([self.tail, *self.log])
+        if not len(tokens):
+            return
+        order = np.lexsort((tokens["position"], tokens["choice"], tokens["request"]))  # stable: the last one is last
+        new = order >= len(self.tail)
+        self.log, tokens = [], tokens[order]
+        request, choice, position = (tokens[name] for name in ("request", "choice", "position"))
+        other_reply = (request[1:] != request[:-1]) | (choice[1:] != choice[:-1])
+        last = np.append(other_reply | (position[1:] != position[:-1]), True)  # of the records of its token
+        reply = np.append(0, np.cumsum(other_reply))[last]
+        tokens, new = tokens[last], new[last]
+        starts = np.flatnonzero(np.diff(reply, prepend=-1))
+        ends = np.append(starts[1:], len(tokens)) - 1
+        silent = ~np.logical_or.reduceat(new, starts)[reply]
+        settled = tokens["position"] + WINDOW <= tokens["position"][ends][reply]
+        self.totals.append(self._totals(tokens[starts], tokens[settled], reply[settled]))
+        self.tokens.append(tokens[silent & ~settled])
+        self.tail = tokens[~silent & ~settled]
+
+    def _totals(self, replies: Array, tokens: Array, rows: Ints) -> Array:
+        """TOTALS of `tokens`, token i into the row `rows[i]` of `replies`; only rows that have any."""
+        totals = np.zeros(len(replies), dtype=TOTALS)
+        totals["request"], totals["choice"] = replies["request"], replies["choice"]
+        totals["first"] = np.iinfo(np.uint32).max
+        np.minimum.at(totals["first"], rows, tokens["position"])
+        np.maximum.at(totals["upto"], rows, tokens["position"] + 1)
+        add_tokens(totals, rows, tokens)
+        return totals[totals["tokens"] > 0]
+
+
+class Slots:
+    """Whose request is in each slot."""
+
+    def __init__(self, count: int) -> None:
+        self.accounts: dict[str, Account] = {}  # by channel
+        self.shelves: list[tuple[Account, bool]] = []  # every account twice: for every token, for totals
+        # One more, for rows without a slot: -1.
+        self.shelf = np.full(count + 1, -1)
+        self.request = np.zeros(count + 1, dtype=np.uint64)
+        self.choice = np.zeros(count + 1, dtype=np.uint32)
 
     def bind(self, slot: int, report: Report | None) -> None:
         """A new request, or none, takes over `slot`."""
-        self.reports[slot] = report
-        self.every_token[slot] = report is not None and report.every_token
-        self.totalled[slot] = report is not None and not report.every_token
-        self.positions[slot] = -1
-        self._reset(np.array([slot]))
+        if report is None:
+            self.shelf[slot] = -1
+            return
+        if report.channel not in self.accounts:
+            account = self.accounts[report.channel] = Account()
+            self.shelves += [(account, False), (account, True)]
+        account = self.accounts[report.channel]
+        self.shelf[slot] = self.shelves.index((account, report.every_token))
+        self.request[slot], self.choice[slot] = report.request, report.choice
 
-    def add(self, slots: Ints, positions: Ints, values: Array) -> tuple[Ints, Array]:
-        """Take tokens in; returns those to be sent one by one, with their slots."""
-        now = self.every_token[slots] & (positions >= 0)
-        later = self.totalled[slots] & (positions >= 0)
-        if later.any():
-            self._keep(slots[later], positions[later], values[later])
-        return slots[now], self._tokens(slots[now], positions[now], values[now])
-
-    def _keep(self, slots: Ints, positions: Ints, values: Array) -> None:
-        column = positions % WINDOW
-        held = self.positions[slots, column]
-        settled = (held >= 0) & (held < positions)
-        rows = slots[settled]
-        add_tokens(self.totals, rows, self.recent[rows, column[settled]])
-        np.minimum.at(self.totals["first"], rows, held[settled])
-        np.maximum.at(self.totals["upto"], rows, held[settled] + 1)
-        last = held <= positions  # a resumed request may sample again what is settled
-        self.recent[slots[last], column[last]] = values[last]
-        self.positions[slots[last], column[last]] = positions[last]
-        self.changed[slots] = time.monotonic()
-
-    def take(self, slots: Ints) -> tuple[Array, Ints, Array]:
-        """What `slots` have to send: totals [len(slots)], and the tokens that are not settled, with their slots."""
-        totals = self.totals[slots]
-        row, column = np.nonzero(self.positions[slots] >= 0)
-        held = slots[row]
-        self._reset(slots)
-        return totals, held, self._tokens(held, self.positions[held, column], self.recent[held, column])
-
-    def waiting(self) -> bool:
-        """Whether any slot has something to send."""
-        return bool(np.isfinite(self.changed).any())
-
-    def idle(self, since: float) -> Ints:
-        """Slots with something to send that have had no token since then, the longest silent first.
-
-        A request that was preempted may have left a slot and gone on in another: what is newer has to come last.
-        """
-        slots = np.flatnonzero(self.changed < since)
-        return slots[np.argsort(self.changed[slots], kind="stable")]
-
-    def _reset(self, slots: Ints) -> None:
-        self.totals[slots] = np.zeros(1, dtype=TOTALS)
-        for slot in slots:
-            if (report := self.reports[slot]) is not None:
-                self.totals[slot]["request"], self.totals[slot]["choice"] = report.request, report.choice
-        self.totals["first"][slots] = np.iinfo(np.uint32).max
-        self.changed[slots] = np.inf
-
-    def _tokens(self, slots: Ints, positions: Ints, values: Array) -> Array:
-        tokens = np.zeros(len(slots), dtype=TOKEN)
-        tokens["request"], tokens["choice"] = self.totals["request"][slots], self.totals["choice"][slots]
-        tokens["position"] = positions
-        for name in VALUES.names or ():
-            tokens[name] = values[name]
-        return tokens
+    def add(self, rows: NDArray[np.int32]) -> None:
+        """One step's rows [rows, COLUMNS] go to the accounts that they belong to."""
+        slots, positions = rows[:, 0], rows[:, 1]
+        tokens = np.empty(len(rows), dtype=TOKEN)
+        tokens["request"], tokens["choice"], tokens["position"] = self.request[slots], self.choice[slots], positions
+        tokens["before"], tokens["after"] = rows[:, 2].view(np.float32), rows[:, 3].view(np.float32)
+        tokens["steps"] = rows[:, 4]
+        shelf = np.where(positions < 0, -1, self.shelf[slots])
+        for number in set(shelf.tolist()) - {-1}:
+            account, every_token = self.shelves[number]
+            (account.tokens if every_token else account.log).append(tokens[shelf == number])
 
 
 class Telemetry:
@@ -222,81 +224,59 @@ class Telemetry:
         self.events.put(stage)
 
     def _work(self, folder: Path) -> None:
-        ledger, outbox = Ledger(self.size), Outbox(folder)
+        slots, outbox = Slots(self.size), Outbox(folder)
+        settled = time.monotonic()
         while True:
             try:
-                # Wakes of itself only where something waits for its request to fall silent.
-                self._next(ledger, outbox, timeout=IDLE if ledger.waiting() else None)
+                waiting = any(account.waiting() for account in slots.accounts.values())
+                self._next(slots, outbox, max(0.0, settled + IDLE - time.monotonic()) if waiting else None)
+                if time.monotonic() >= settled + IDLE:
+                    settled = time.monotonic()
+                    for account in slots.accounts.values():
+                        account.settle()
+                for channel, account in slots.accounts.items():
+                    if account.tokens or account.totals:
+                        outbox.send(channel, account, self.dropped)
             except Exception:  # a lost statistic is no reason to stop the others
                 logger.exception("em_inf: statistics of a step were lost")
 
-    def _next(self, ledger: Ledger, outbox: "Outbox", timeout: float | None) -> None:
+    def _next(self, slots: Slots, outbox: "Outbox", timeout: float | None) -> None:
         try:
             event = self.events.get(timeout=timeout)
         except Empty:
-            event = None
-        if isinstance(event, Stage):
-            try:
-                outbox.add(ledger, *event.wait())
-            finally:
-                self.stages.append(event)
-        elif event is not None:
-            slot, report = event
-            outbox.settle(ledger, np.array([slot]))
-            ledger.bind(slot, report)
-        outbox.settle(ledger, ledger.idle(time.monotonic() - IDLE))
-        outbox.send(self.dropped)
+            return
+        if isinstance(event, tuple):
+            slots.bind(*event)
+            return
+        try:
+            rows, seconds = event.wait()
+            outbox.seconds += seconds
+            slots.add(rows)
+        finally:
+            self.stages.append(event)
 
 
 class Outbox:
-    """Messages to API servers, of three parts each: tokens (TOKEN), totals (TOTALS), the worker's own (WORKER)."""
+    """Sends messages to API servers. What one cannot take is lost, and counted."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.context = zmq.Context()
         self.sockets: dict[str, zmq.Socket[bytes]] = {}
-        self.tokens: dict[str, list[Array]] = defaultdict(list)
-        self.totals: dict[str, list[Array]] = defaultdict(list)
-        self.seconds = 0.0  # not yet reported
+        self.seconds = 0.0  # spent in the transform, not yet reported
         self.lost = 0  # records, here
         self.reported = 0  # of those lost here and before
 
-    def add(self, ledger: Ledger, rows: NDArray[np.int32], seconds: float) -> None:
-        """Take in one step's rows [rows, COLUMNS]."""
-        self.seconds += seconds
-        rows = np.ascontiguousarray(rows[rows[:, 0] >= 0])
-        slots, positions = rows[:, :2].astype(np.int64).T
-        values = np.ascontiguousarray(rows[:, 2:]).view(VALUES).squeeze(1)
-        self._file(ledger, self.tokens, *ledger.add(slots, positions, values))
-
-    def settle(self, ledger: Ledger, slots: Ints) -> None:
-        """Send what `slots` have kept."""
-        slots = slots[np.isfinite(ledger.changed[slots])]
-        if len(slots):
-            totals, held, tokens = ledger.take(slots)
-            self._file(ledger, self.totals, slots, totals)
-            self._file(ledger, self.tokens, held, tokens)
-
-    def _file(self, ledger: Ledger, shelf: dict[str, list[Array]], slots: Ints, records: Array) -> None:
-        channels = np.array([report.channel if (report := ledger.reports[slot]) else "" for slot in slots])
-        for channel in set(channels.tolist()):
-            shelf[channel].append(records[channels == channel])
-
-    def send(self, dropped: int) -> None:
-        """One message to each API server that is owed any; what a server cannot take is lost, and counted.
-
-        `dropped`: records that were lost before they came here.
-        """
-        for channel in {*self.tokens, *self.totals}:
-            tokens = np.concatenate([np.zeros(0, TOKEN), *self.tokens.pop(channel, [])])
-            totals = np.concatenate([np.zeros(0, TOTALS), *self.totals.pop(channel, [])])
-            worker = np.array([(self.seconds, dropped + self.lost - self.reported)], dtype=WORKER)
-            try:
-                parts = [tokens.tobytes(), totals.tobytes(), worker.tobytes()]
-                self._socket(channel).send_multipart(parts, zmq.NOBLOCK)
-                self.seconds, self.reported = 0.0, dropped + self.lost
-            except (zmq.ZMQError, FileNotFoundError):
-                self.lost += len(tokens) + len(totals)
+    def send(self, channel: str, account: Account, dropped: int) -> None:
+        """One message with all that is to be sent. `dropped`: records that were lost before they came here."""
+        tokens, totals = account.tokens, account.totals
+        account.tokens, account.totals = [], []
+        try:
+            message = pack(tokens, totals, self.seconds, dropped + self.lost - self.reported)
+            self._socket(channel).send(message, zmq.NOBLOCK)
+            self.seconds, self.reported = 0.0, dropped + self.lost
+        except (zmq.ZMQError, FileNotFoundError):
+            self.lost += sum(map(len, tokens)) + sum(map(len, totals))
 
     def _socket(self, channel: str) -> "zmq.Socket[bytes]":
         if channel not in self.sockets:

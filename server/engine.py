@@ -3,7 +3,6 @@
 All routes reach the engine by `EngineClient.generate`; it is wrapped once, here.
 """
 
-import asyncio
 import os
 from collections.abc import AsyncIterator
 from contextvars import ContextVar
@@ -28,18 +27,17 @@ if TYPE_CHECKING:
 tallies: ContextVar[list[Tally] | None] = ContextVar("em_inf_tallies", default=None)
 
 
-async def watch(engine_client: EngineClient, metrics: Metrics) -> asyncio.Task[None] | None:
-    """Observe all requests to `engine_client`; returns the task that receives their statistics.
+async def watch(engine_client: EngineClient, metrics: Metrics) -> None:
+    """Observe all requests to `engine_client`.
 
-    None where the server was not started by em-serve: then the workers know no socket to send them to.
+    Not where the server was not started by em-serve: then the workers know no socket to send statistics to.
     """
     folder = os.environ.get(FOLDER_VARIABLE)
     if not folder:
-        return None
+        return
     statistics = Statistics(metrics, Path(folder))
     _number_the_samples()
     _wrap_generate(engine_client, statistics, await _tracing(engine_client))
-    return asyncio.create_task(statistics.listen(), name="em_inf_statistics")
 
 
 async def _tracing(engine_client: EngineClient) -> "Tracing | None":

@@ -6,7 +6,6 @@ Works where one process serves and where several do (prometheus_client's multi-p
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
 
 from em_sampler.params import METHODS
@@ -38,7 +37,8 @@ class BulkHistogram(Histogram):
     def add(self, counts: Any, total: float) -> None:
         """Add `counts` [buckets + 1] observations that sum to `total`."""
         for bucket, count in zip(self._buckets, counts, strict=True):
-            bucket.inc(int(count))
+            if count:
+                bucket.inc(int(count))
         self._sum.inc(total)
 
 
@@ -100,7 +100,7 @@ class Metrics:
         for name, histogram in self.histograms.items():
             histogram.labels(self.model, method).add(row[f"{name}_counts"], float(row[f"{name}_sum"]))
 
-    def worker(self, reports: Array) -> None:
-        """What workers said of themselves (WORKER, [n])."""
-        self.seconds.labels(self.model).inc(float(np.sum(reports["seconds"])))
-        self.dropped.labels(self.model).inc(int(np.sum(reports["dropped"])))
+    def worker(self, seconds: float, dropped: int) -> None:
+        """A worker spent so long in the transform, and lost so many records, since it last said so."""
+        self.seconds.labels(self.model).inc(seconds)
+        self.dropped.labels(self.model).inc(dropped)

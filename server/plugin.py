@@ -90,7 +90,7 @@ class EMInfEndpoints:
         EMInfLogitsProcessor.max_steps = settings.max_steps
         state.em_inf_metrics = metrics = Metrics((args.served_model_name or [args.model])[0])
         if engine_client is not None and not unavailable:
-            self.listener = await watch(engine_client, metrics)
+            await watch(engine_client, metrics)
 
 
 async def describe(raw_request: Request) -> dict[str, Any]:

@@ -13,15 +13,14 @@ from typing import Any
 
 import numpy as np
 import zmq
-import zmq.asyncio
 
 from em_sampler.params import REPORT_KEY, Params
-from em_sampler.records import TOKEN, TOTALS, VALUES, Array, add_tokens, add_totals
-from em_sampler.telemetry import WORKER
+from em_sampler.records import TOTALS, VALUES, add_tokens, add_totals, unpack
 from server.metrics import Metrics
 
 GRACE = 0.5  # seconds that a reply waits for the last of its statistics
 LATE = 5.0  # the same where no reply waits, only the metrics
+TICK = 0.1  # seconds between looks into the socket, while requests are in flight
 
 Values = tuple[float, float, int]  # before, after, steps
 
@@ -75,14 +74,10 @@ class Statistics:
         self.channel = secrets.token_hex(16)
         self.tallies: dict[int, Tally] = {}
         self.numbers = itertools.count()
-        self.socket = zmq.asyncio.Context.instance().socket(zmq.PULL)
+        self.socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.PULL)
         self.socket.bind(f"ipc://{folder / self.channel}")
-
-    async def listen(self) -> None:
-        """Take in the workers' messages, until cancelled."""
-        while True:
-            parts = await self.socket.recv_multipart()
-            self.receive(*(np.frombuffer(p, dtype) for p, dtype in zip(parts, (TOKEN, TOTALS, WORKER), strict=True)))
+        self.ending: set[int] = set()  # requests that have left the engine, and whose records have not all come
+        self.ticking = False
 
     def tally(self, params: Params, choices: int) -> Tally:
         """A tally for a request with so many samples, not yet in the table."""
@@ -96,19 +91,46 @@ class Statistics:
         """The request goes to the engine."""
         self.tallies[tally.number] = tally
         self._tracked()
+        if not self.ticking:
+            self._tick()
 
     def finish(self, tally: Tally, grace: float) -> None:
         """The request has left the engine: settle it now, or `grace` seconds later."""
         if tally.finished:
             return
         tally.finished = True
+        self._drain()
         if tally.complete():
             self._settle(tally)
         else:
+            self._watch({*self.ending, tally.number})
             asyncio.get_running_loop().call_later(grace, self._settle, tally)
 
-    def receive(self, tokens: Array, totals: Array, worker: Array) -> None:
-        """Take in one message's records; those of requests that are settled come too late."""
+    def _watch(self, ending: set[int]) -> None:
+        """Look into the socket at once while any request is ending, and otherwise in bulk, by `_tick` and `finish`.
+
+        There is a message for each step of the engine: to wake up as often would cost more than all else here.
+        """
+        descriptor = int(self.socket.getsockopt(zmq.FD))
+        if ending and not self.ending:
+            asyncio.get_running_loop().add_reader(descriptor, self._drain)
+        elif self.ending and not ending:
+            asyncio.get_running_loop().remove_reader(descriptor)
+        self.ending = ending
+
+    def _tick(self) -> None:
+        self._drain()
+        self.ticking = bool(self.tallies)
+        if self.ticking:
+            asyncio.get_running_loop().call_later(TICK, self._tick)
+
+    def _drain(self) -> None:
+        while self.socket.poll(0):  # all: the descriptor does not tell again of what is left
+            self.receive(self.socket.recv())
+
+    def receive(self, message: bytes) -> None:
+        """Take in a message's records; those of requests that are settled come too late."""
+        tokens, totals, header = unpack(message)
         touched = set()
         for row in totals:  # first: tokens in the same message are not in them
             if choice := self._choice(int(row["request"]), int(row["choice"])):
@@ -118,7 +140,7 @@ class Statistics:
             if choice := self._choice(number, index):
                 choice.records[position] = tuple(values)
                 touched.add(number)
-        self.metrics.worker(worker)
+        self.metrics.worker(float(header["seconds"]), int(header["dropped"]))
         for number in touched:
             if self.tallies[number].complete():
                 self._settle(self.tallies[number])
@@ -133,6 +155,7 @@ class Statistics:
     def _settle(self, tally: Tally) -> None:
         if self.tallies.pop(tally.number, None) is None:
             return  # already
+        self._watch(self.ending - {tally.number})
         self._tracked()
         for choice in tally.choices:
             missing = choice.missing()

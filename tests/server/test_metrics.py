@@ -17,7 +17,6 @@ from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.parser import text_string_to_metric_families
 
 from em_sampler.records import BUCKETS, HISTOGRAMS, TOTALS, VALUES, Array, add_tokens
-from em_sampler.telemetry import WORKER
 from server.metrics import OUTCOMES, BulkHistogram, Metrics
 
 METHODS = ("em_inf", "adaptive_temperature", "none")
@@ -111,8 +110,8 @@ def test_requests_and_workers_are_counted() -> None:
     for _ in range(2):
         metrics.request("none", "aborted")
     metrics.request("unknown", "rejected")
-    metrics.worker(np.array([(0.25, 3), (0.5, 0)], dtype=WORKER))
-    metrics.worker(np.array([(0.25, 1)], dtype=WORKER))
+    metrics.worker(seconds=0.75, dropped=3)
+    metrics.worker(seconds=0.25, dropped=1)
     assert {key: value for key, value in series(registry).items() if value != before.get(key, 0)} == {
         ("em_inf_requests_total", "none", "m", "aborted"): 2,
         ("em_inf_requests_total", "unknown", "m", "rejected"): 1,

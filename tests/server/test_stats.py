@@ -5,17 +5,17 @@ import json
 import math
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import zmq
-import zmq.asyncio
 from prometheus_client import CollectorRegistry
 
 from em_sampler import AdaptiveTemperatureParams, EMInfParams
 from em_sampler.params import REPORT_KEY
-from em_sampler.records import TOKEN, TOTALS, VALUES, Array, add_tokens
-from em_sampler.telemetry import WORKER, Report, sockets_folder
+from em_sampler.records import TOKEN, TOTALS, VALUES, Array, add_tokens, pack
+from em_sampler.telemetry import Report, sockets_folder
 from server.metrics import Metrics
 from server.stats import Choice, Statistics, Tally, summary
 
@@ -37,14 +37,11 @@ def run(folder: Path, test: Callable[[Statistics], Awaitable[None]]) -> Collecto
 
     async def main() -> None:
         statistics = Statistics(Metrics("m", registry), folder)
-        listener = asyncio.create_task(statistics.listen())
         try:
             await test(statistics)
         finally:
-            failed = listener.done()
-            listener.cancel()
+            asyncio.get_running_loop().remove_reader(statistics.socket.getsockopt(zmq.FD))
             statistics.socket.close(linger=0)
-        assert not failed, "the listener ended"
 
     asyncio.run(main())
     return registry
@@ -79,11 +76,11 @@ def totals(request: int, choice: int, first: int, upto: int) -> Array:
     return row
 
 
-NO_TOKENS, NO_TOTALS, NO_WORKER = np.zeros(0, TOKEN), np.zeros(0, TOTALS), np.zeros(1, WORKER)
+NO_TOKENS, NO_TOTALS = np.zeros(0, TOKEN), np.zeros(0, TOTALS)
 
 
 def receive(statistics: Statistics, tokens: Array = NO_TOKENS, rows: Array = NO_TOTALS) -> None:
-    statistics.receive(tokens, rows, NO_WORKER)
+    statistics.receive(pack([tokens], [rows], 0.0, 0))
 
 
 # One choice
@@ -322,18 +319,23 @@ def test_requests_are_counted_under_their_method_and_while_they_last(folder: Pat
     assert count(registry, "tokens_total", "adaptive_temperature") == 2
 
 
-def test_messages_come_by_the_socket(folder: Path) -> None:
+@pytest.mark.parametrize("finished_first", [True, False])
+def test_messages_come_by_the_socket(folder: Path, finished_first: bool) -> None:
+    """At once where a reply waits for them; otherwise they are read before long, so that they do not pile up."""
+
     async def test(statistics: Statistics) -> None:
         tally = opened(statistics)
         tally.choices[0].tokens = 3
-        statistics.finish(tally, NEVER)
-        socket = zmq.asyncio.Context.instance().socket(zmq.PUSH)
+        if finished_first:
+            statistics.finish(tally, NEVER)
+        socket = zmq.Context.instance().socket(zmq.PUSH)
         socket.connect(f"ipc://{folder / statistics.channel}")
-        worker = np.array([(0.25, 6)], dtype=WORKER)
-        tokens = records((tally.number, 0, 2, at(2)))
         try:
-            await socket.send_multipart([part.tobytes() for part in (NO_TOKENS, totals(tally.number, 0, 0, 2), worker)])
-            await socket.send_multipart([part.tobytes() for part in (tokens, NO_TOTALS, worker)])
+            socket.send(pack([], [totals(tally.number, 0, 0, 2)], 0.25, 6))
+            socket.send(pack([records((tally.number, 0, 2, at(2)))], [], 0.25, 6))
+            while not tally.choices[0].records:
+                await asyncio.sleep(0.01)
+            statistics.finish(tally, NEVER)
             await asyncio.wait_for(tally.settled.wait(), 10)
         finally:
             socket.close(linger=0)
@@ -342,6 +344,29 @@ def test_messages_come_by_the_socket(folder: Path) -> None:
     assert count(registry, "steps_total") == 0 + 1 + 2
     assert registry.get_sample_value("em_inf_transform_seconds_total", {"model": "m"}) == 0.5
     assert registry.get_sample_value("em_inf_records_dropped_total", {"model": "m"}) == 12
+
+
+def test_only_a_reply_that_waits_has_the_socket_watched(folder: Path) -> None:
+    async def test(statistics: Statistics) -> None:
+        watched: list[Any] = []
+        loop = asyncio.get_running_loop()
+        loop.add_reader = lambda *_: watched.append("yes")  # type: ignore[method-assign]
+        loop.remove_reader = lambda *_: watched.append("no")  # type: ignore[method-assign, assignment]
+        first, second, third = (opened(statistics) for _ in range(3))
+        for tally in (first, second, third):
+            tally.choices[0].tokens = 1
+        receive(statistics, records((first.number, 0, 0, at(0))))
+        statistics.finish(first, NEVER)
+        assert watched == []
+        statistics.finish(second, NEVER)
+        statistics.finish(third, NEVER)
+        assert watched == ["yes"]
+        receive(statistics, records((second.number, 0, 0, at(0))))
+        assert watched == ["yes"]
+        receive(statistics, records((third.number, 0, 0, at(0))))
+        assert watched == ["yes", "no"]
+
+    run(folder, test)
 
 
 # Summaries
