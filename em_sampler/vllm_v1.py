@@ -11,9 +11,10 @@ from vllm.config import VllmConfig
 from vllm.sampling_params import SamplingParams
 from vllm.v1.sample.logits_processor.interface import BatchUpdate, LogitsProcessor, MoveDirectionality
 
+from em_sampler.accounts import Report
 from em_sampler.params import Params
 from em_sampler.plugin import requested
-from em_sampler.telemetry import Report, Telemetry
+from em_sampler.telemetry import Telemetry
 from em_sampler.torch_batched import BatchedTransform, RowParams
 
 

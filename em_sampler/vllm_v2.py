@@ -14,9 +14,10 @@ from vllm.v1.worker.gpu.sample.logits_processor.interface import (
     LogitsProcRequestState,
 )
 
+from em_sampler.accounts import Report
 from em_sampler.params import Params
 from em_sampler.plugin import requested
-from em_sampler.telemetry import Report, Telemetry
+from em_sampler.telemetry import Telemetry
 from em_sampler.torch_batched import BatchedTransform, RowParams, host_bounds
 
 

@@ -7,7 +7,7 @@ import functools
 import inspect
 from argparse import Namespace
 from asyncio import CancelledError
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from http import HTTPStatus
 from importlib import metadata
 from typing import Any, get_type_hints
@@ -25,7 +25,7 @@ from em_sampler.supported import installed_vllm
 from server.engine import tallies, watch
 from server.metrics import UNKNOWN, Metrics
 from server.protocol import Settings, apply_em_inf, with_em_inf
-from server.reply import ReplyStatistics, with_statistics
+from server.reply import Outcome, ReplyStatistics, with_statistics
 
 SAMPLING_ROUTES = ("/v1/chat/completions", "/v1/completions", "/v1/responses")
 
@@ -144,24 +144,32 @@ def _accepting_em_inf(endpoint: Callable[..., Any]) -> Callable[..., Any]:
             raise VLLMValidationError(str(error), parameter=error.field) from None
         if params is None:
             return await endpoint(request, raw_request)
-        outcome = functools.partial(metrics.request, params.method)
         statistics = ReplyStatistics(params.stats, each_its_choice=raw_request.url.path.endswith("/v1/completions"))
         tallies.set(statistics.tallies)
-        try:
-            response = await endpoint(request, raw_request)
-        except BaseException as error:
-            refused = isinstance(error, VLLMClientError) or getattr(error, "status_code", 500) < 500
-            outcome("aborted" if isinstance(error, CancelledError) else "rejected" if refused else "failed")
-            raise
-        if response is None:  # vLLM's answer to a client that has gone
-            outcome("aborted")
-            return response
-        return await with_statistics(response, statistics, outcome)
+        answer = endpoint(request, raw_request)
+        return await _observed(answer, statistics, functools.partial(metrics.request, params.method))
 
     parameters = inspect.signature(endpoint).parameters
     typed = [parameters["request"].replace(annotation=model), parameters["raw_request"].replace(annotation=Request)]
     handler.__signature__ = inspect.Signature(typed)  # type: ignore[attr-defined]
     return handler
+
+
+async def _observed(answer: Awaitable[Any], statistics: ReplyStatistics, outcome: Outcome) -> Any:
+    """The endpoint's answer with its statistics, its outcome told."""
+    try:
+        response = await answer
+    except CancelledError:
+        outcome("aborted")
+        raise
+    except Exception as error:
+        refused = isinstance(error, VLLMClientError) or getattr(error, "status_code", 500) < 500
+        outcome("rejected" if refused else "failed")
+        raise
+    if response is None:  # vLLM's answer to a client that has gone
+        outcome("aborted")
+        return None
+    return await with_statistics(response, statistics, outcome)
 
 
 def _rebuilt(route: APIRoute, endpoint: Callable[..., Any] | None = None, dependencies: Sequence[Any] = ()) -> APIRoute:

@@ -16,14 +16,12 @@ import zmq
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from em_sampler.accounts import WINDOW, Report, Slots
 from em_sampler.params import REPORT_KEY
 from em_sampler.records import COUNTED, TOKEN, TOTALS, VALUES, Array, add_tokens, unpack
 from em_sampler.telemetry import (
     FOLDER_VARIABLE,
     STAGES,
-    WINDOW,
-    Report,
-    Slots,
     Stage,
     Telemetry,
     sockets_folder,
@@ -32,6 +30,7 @@ from em_sampler.torch_batched import Transformed
 from server.stats import Choice
 
 CPU, NAN = torch.device("cpu"), math.nan
+DEVICE = torch.device(os.environ.get("EM_TEST_DEVICE", "cpu"))  # benchmarks/gpu.sh asks for "cuda"
 ONE, OTHER = "0123456789abcdef" * 2, "f" * 32
 Values = tuple[float, float, int]
 
@@ -313,6 +312,39 @@ def test_a_server_gets_the_last_token_of_every_position_once(kinds: list[bool], 
         add_tokens(expected, np.zeros(len(sampled), dtype=np.intp), np.array(sampled, dtype=VALUES))
         for name in COUNTED:
             assert choice.totals[name].tolist() == expected[name].tolist(), name
+
+
+# How it gets to the host
+
+
+def test_a_stage_takes_a_step_to_the_host() -> None:
+    """On CUDA (benchmarks/gpu.sh) nothing up to `end` may wait for the device."""
+    done = Transformed(
+        torch.empty(0),
+        torch.tensor([1.5, NAN]).to(DEVICE),
+        torch.tensor([0.5, NAN]).to(DEVICE),
+        torch.tensor([3, 0]).int().to(DEVICE),
+    )
+    slots, positions = torch.tensor([4, -1]).int().to(DEVICE), torch.tensor([7, 0]).int().to(DEVICE)
+    stage = Stage(3, DEVICE)
+    with forbidden_to_wait():
+        stage.begin()
+        stage.end(slots, positions, done)
+    rows, seconds = stage.wait()
+    assert rows[:, [0, 1, 4]].tolist() == [[4, 7, 3], [-1, 0, 0]]
+    assert repr(np.ascontiguousarray(rows[:, 2:4]).view(np.float32).tolist()) == "[[1.5, 0.5], [nan, nan]]"
+    assert seconds > 0
+
+
+@contextlib.contextmanager
+def forbidden_to_wait() -> Iterator[None]:
+    if DEVICE.type == "cuda":
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        if DEVICE.type == "cuda":
+            torch.cuda.set_sync_debug_mode("default")
 
 
 # What is sent

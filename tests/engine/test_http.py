@@ -226,6 +226,7 @@ def test_what_the_server_supports(v1: Server) -> None:
     assert supported["methods"]["em_inf"]["threshold"]["maximum"] == 20
     assert supported["methods"]["em_inf"]["steps"]["default"] == 5
     assert supported["methods"]["adaptive_temperature"]["ratio"]["default"] == 0.5
+    assert set(supported["methods"]["none"]) == {"method", "stats"}
     assert set(supported["versions"]) == {"em-inf-server", "vllm"}
     assert v1.http.get("/v1/em_inf", headers={"Authorization": "Bearer wrong"}).status_code == 401
 
@@ -237,6 +238,6 @@ def test_openapi_shows_the_fields(v1: Server) -> None:
         model = schema["components"]["schemas"][reference.rsplit("/", 1)[1]]
         choices = model["properties"]["em_inf"]["anyOf"]
         named = [choice["$ref"].rsplit("/", 1)[1] for choice in choices if "$ref" in choice]
-        assert named == ["EMInfParams", "AdaptiveTemperatureParams"]
+        assert named == ["EMInfParams", "AdaptiveTemperatureParams", "MeasureParams"]
     assert schema["components"]["schemas"]["EMInfParams"]["properties"]["threshold"]["maximum"] == 20
     assert "get" in schema["paths"]["/v1/em_inf"]

@@ -13,9 +13,10 @@ import zmq
 from prometheus_client import CollectorRegistry
 
 from em_sampler import AdaptiveTemperatureParams, EMInfParams
+from em_sampler.accounts import Report
 from em_sampler.params import REPORT_KEY
 from em_sampler.records import TOKEN, TOTALS, VALUES, Array, add_tokens, pack
-from em_sampler.telemetry import Report, sockets_folder
+from em_sampler.telemetry import sockets_folder
 from server.metrics import Metrics
 from server.stats import Choice, Statistics, Tally, summary
 
