@@ -74,7 +74,7 @@ class Server:
         children = {f"{child.pid} {child.cmdline()[-1]}": child for child in process.children(recursive=True)}
         return {name: each.memory_info().rss for name, each in ({"server": process} | children).items()}
 
-    def until(self, true: Callable[[], bool], limit: float = 20) -> None:
+    def until(self, true: Callable[[], bool], limit: float = 60) -> None:
         """Wait for what the server does after it has answered."""
         deadline = time.monotonic() + limit
         while not true():
