@@ -98,7 +98,7 @@ class RelayedStream(StreamingResponse):
 
 def _chunk(last: str, block: list[dict[str, Any]]) -> str:
     """A chunk without choices, otherwise like the last one."""
-    chunk = json.loads(last.removeprefix("data: "))
+    chunk = json.loads(last.removeprefix("data: ") or "{}")
     fields = {name: chunk[name] for name in ("id", "object", "created", "model") if name in chunk}
     return f"data: {json.dumps(fields | {'choices': [], EXTRA_ARGS_KEY: block})}\n\n"
 

@@ -231,6 +231,13 @@ def test_a_stream_gets_a_chunk_before_its_end(events: list[str]) -> None:
     assert outcomes == ["completed"]
 
 
+def test_a_stream_without_a_chunk_ends_as_it_would_have() -> None:
+    """No statistic is worth a broken stream: there is nothing to take an id from."""
+    got, outcomes = streamed([KEEP_ALIVE, DONE], statistics())
+    assert (got[0], got[-1], outcomes) == (KEEP_ALIVE, DONE, ["completed"])
+    assert json.loads(got[1].removeprefix("data: ")) == {"choices": [], "em_inf": [ENTRY]}
+
+
 def test_a_stream_is_relayed_as_it_comes() -> None:
     """No event waits for the one after it."""
     outcomes: list[str] = []
