@@ -12,7 +12,8 @@ import torch
 
 from em_sampler import AdaptiveTemperatureParams, EMInfParams
 from em_sampler.params import Params
-from em_sampler.torch_batched import BatchedTransform, RowParams
+from em_sampler.rows import RowParams
+from em_sampler.torch_batched import BatchedTransform
 
 CASES: dict[str, Params] = {
     "em_inf, 5 steps": EMInfParams(threshold=0.0),

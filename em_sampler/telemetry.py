@@ -23,7 +23,7 @@ from torch import Tensor
 
 from em_sampler.accounts import Account, Report, Slots
 from em_sampler.records import pack
-from em_sampler.torch_batched import Transformed
+from em_sampler.rows import Transformed
 
 logger = logging.getLogger(__name__)
 

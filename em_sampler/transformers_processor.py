@@ -7,7 +7,8 @@ import torch
 from transformers import LogitsProcessor
 
 from em_sampler.params import Params
-from em_sampler.torch_batched import Transformed, transform
+from em_sampler.rows import Transformed
+from em_sampler.torch_batched import transform
 
 
 class EntropyMinimizer(LogitsProcessor):

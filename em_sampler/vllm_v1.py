@@ -14,8 +14,9 @@ from vllm.v1.sample.logits_processor.interface import BatchUpdate, LogitsProcess
 from em_sampler.accounts import Report
 from em_sampler.params import Params
 from em_sampler.plugin import requested
+from em_sampler.rows import RowParams
 from em_sampler.telemetry import Telemetry
-from em_sampler.torch_batched import BatchedTransform, RowParams
+from em_sampler.torch_batched import BatchedTransform
 
 
 class Place(NamedTuple):

@@ -17,8 +17,9 @@ from vllm.v1.worker.gpu.sample.logits_processor.interface import (
 from em_sampler.accounts import Report
 from em_sampler.params import Params
 from em_sampler.plugin import requested
+from em_sampler.rows import RowParams, host_bounds
 from em_sampler.telemetry import Telemetry
-from em_sampler.torch_batched import BatchedTransform, RowParams, host_bounds
+from em_sampler.torch_batched import BatchedTransform
 
 
 class V2Processor(LogitsProcessor):

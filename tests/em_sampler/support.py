@@ -6,7 +6,8 @@ import torch
 
 from em_sampler import AdaptiveTemperatureParams, EMInfParams, oracle, transform
 from em_sampler.params import Params
-from em_sampler.torch_batched import BatchedTransform, RowParams, Transformed
+from em_sampler.rows import RowParams, Transformed
+from em_sampler.torch_batched import BatchedTransform
 
 Row = npt.NDArray[np.float64]
 

@@ -18,8 +18,8 @@ from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsContext, 
 from em_sampler import EMInfParams, transform
 from em_sampler.params import REPORT_KEY, Params
 from em_sampler.plugin import EMInfLogitsProcessor, requested
+from em_sampler.rows import Transformed
 from em_sampler.telemetry import FOLDER_VARIABLE, Report
-from em_sampler.torch_batched import Transformed
 from em_sampler.vllm_v1 import V1Processor
 from em_sampler.vllm_v2 import V2Processor
 

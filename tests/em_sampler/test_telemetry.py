@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from em_sampler.accounts import WINDOW, Report, Slots
 from em_sampler.params import REPORT_KEY
 from em_sampler.records import COUNTED, TOKEN, TOTALS, VALUES, Array, add_tokens, unpack
+from em_sampler.rows import Transformed
 from em_sampler.telemetry import (
     FOLDER_VARIABLE,
     STAGES,
@@ -26,7 +27,6 @@ from em_sampler.telemetry import (
     Telemetry,
     sockets_folder,
 )
-from em_sampler.torch_batched import Transformed
 from server.stats import Choice
 
 CPU, NAN = torch.device("cpu"), math.nan

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from em_sampler import AdaptiveTemperatureParams, EMInfParams, oracle, transform
 from em_sampler.params import MeasureParams, Params
-from em_sampler.torch_batched import NO_METHOD, BatchedTransform, RowParams
+from em_sampler.rows import NO_METHOD, RowParams
+from em_sampler.torch_batched import BatchedTransform
 from tests.em_sampler.support import FORMS, expected, total_variation, transform_masked
 
 NAN, INF = math.nan, math.inf

@@ -1,0 +1,78 @@
+"""What a batch asks of a transform, and what every transform returns: the contract of its implementations.
+
+Knows nothing of requests, vLLM, or how it is computed (torch_batched.py is the reference).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from em_sampler.params import AdaptiveTemperatureParams, EMInfParams, MeasureParams, Params
+
+NO_METHOD, EM_INF, ADAPTIVE, MEASURE = 0.0, 1.0, 2.0, 3.0
+COLUMNS = ("method", "threshold", "steps", "learning_rate", "kl_weight", "adam", "ratio", "min_t", "max_t")
+
+
+class Transformed(NamedTuple):
+    """What a transform returns.
+
+    An entropy is NaN where it was not measured: the row had no method, or it was passed through because it held NaN or
+    +inf (or nothing but -inf).
+    """
+
+    logits: Tensor  # [rows, vocab] float32, the tensor that was passed in
+    entropy_before: Tensor  # [rows] float32, nats
+    entropy_after: Tensor  # [rows] float32, nats
+    steps: Tensor  # [rows] int32: gradient steps taken; 1 for a row that adaptive temperature scaled
+
+
+@dataclass(frozen=True)
+class RowParams:
+    """The parameters of every row of a batch."""
+
+    values: Tensor  # [rows, len(COLUMNS)] float32, on the device of the logits
+    max_steps: int | None  # over all rows, known on the host so that no loop has to ask the device; None: no EM-INF
+    any_adaptive: bool
+
+    @classmethod
+    def of(cls, params: Sequence[Params | None], device: torch.device | str = "cpu") -> "RowParams":
+        """One row for each entry of `params`; None leaves its row alone."""
+        values = torch.tensor([encode(p) for p in params], dtype=torch.float32).reshape(-1, len(COLUMNS))
+        if torch.device(device).type == "cuda":
+            values = values.pin_memory()  # without it, the copy would wait for the device
+        return cls(values.to(device, non_blocking=True), *host_bounds(params))
+
+    def take(self, rows: Tensor) -> "RowParams":
+        """The parameters of `rows` (int64 [n])."""
+        return RowParams(self.values.index_select(0, rows), self.max_steps, self.any_adaptive)
+
+    def __getitem__(self, name: str) -> Tensor:  # [rows, 1]
+        index = COLUMNS.index(name)
+        return self.values[:, index : index + 1]
+
+
+def encode(params: Params | None) -> list[float]:
+    """One row of `RowParams.values`."""
+    if params is None or isinstance(params, MeasureParams):
+        return [NO_METHOD if params is None else MEASURE] + [0.0] * (len(COLUMNS) - 1)
+    if isinstance(params, EMInfParams):
+        adam = float(params.optimizer == "adam")
+        return [EM_INF, params.threshold, params.steps, params.learning_rate, params.kl_weight, adam, 0.0, 0.0, 0.0]
+    temperatures = [params.min_temperature, params.max_temperature]
+    return [ADAPTIVE, params.threshold, 1.0, 0.0, 0.0, 0.0, params.ratio, *temperatures]
+
+
+def host_bounds(params: Sequence[Params | None]) -> tuple[int | None, bool]:
+    """(max_steps, any_adaptive) over all of `params`."""
+    steps = [p.steps for p in params if isinstance(p, EMInfParams)]
+    return max(steps, default=None), any(isinstance(p, AdaptiveTemperatureParams) for p in params)
+
+
+class BatchTransform(Protocol):
+    """An implementation, made once for an engine that calls it at every step: `(vocab_size, device, max_rows)`."""
+
+    def __call__(self, logits: Tensor, params: RowParams) -> Transformed:
+        """Transform `logits` [rows, vocab] float32 in place, row i by row i of `params`."""
