@@ -6,9 +6,9 @@
 import torch
 from transformers import LogitsProcessor
 
+from em_sampler.backends import fastest_transform
 from em_sampler.params import Params
-from em_sampler.rows import Transformed
-from em_sampler.torch_batched import transform
+from em_sampler.rows import BatchTransform, RowParams, Transformed
 
 
 class EntropyMinimizer(LogitsProcessor):
@@ -23,9 +23,14 @@ class EntropyMinimizer(LogitsProcessor):
     def __init__(self, params: Params) -> None:
         self.params = params
         self.last: Transformed | None = None
+        self.transform: BatchTransform | None = None
+        self.shape = (0, 0)  # what it was made for
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         """New scores for `scores` [rows, vocab], in the same dtype; `scores` itself is left as it is."""
         logits = scores.to(torch.float32, copy=True)
-        self.last = transform(logits, [self.params] * len(logits))
+        rows, vocab = logits.shape
+        if self.transform is None or rows > self.shape[0] or vocab != self.shape[1]:
+            self.transform, self.shape = fastest_transform(vocab, logits.device, rows), (rows, vocab)
+        self.last = self.transform(logits, RowParams.of([self.params] * rows, logits.device))
         return logits.to(scores.dtype)  # type: ignore[return-value]

@@ -12,11 +12,11 @@ from vllm.sampling_params import SamplingParams
 from vllm.v1.sample.logits_processor.interface import BatchUpdate, LogitsProcessor, MoveDirectionality
 
 from em_sampler.accounts import Report
+from em_sampler.backends import fastest_transform
 from em_sampler.params import Params
 from em_sampler.plugin import requested
 from em_sampler.rows import RowParams
 from em_sampler.telemetry import Telemetry
-from em_sampler.torch_batched import BatchedTransform
 
 
 class Place(NamedTuple):
@@ -37,7 +37,7 @@ class V1Processor(LogitsProcessor):
         self.free_slots = list(range(rows))
         self.packed: RowParams | None = None  # the same for the device; None when the batch has changed since
         self.slots: Tensor  # int32 [rows], beside it
-        self.transform = BatchedTransform(vllm_config.model_config.get_vocab_size(), device, rows)
+        self.transform = fastest_transform(vllm_config.model_config.get_vocab_size(), device, rows)
         self.telemetry = Telemetry(rows, rows, device, reports=parallel.rank % parallel.tensor_parallel_size == 0)
 
     def is_argmax_invariant(self) -> bool:

@@ -15,11 +15,11 @@ from vllm.v1.worker.gpu.sample.logits_processor.interface import (
 )
 
 from em_sampler.accounts import Report
+from em_sampler.backends import fastest_transform
 from em_sampler.params import Params
 from em_sampler.plugin import requested
 from em_sampler.rows import RowParams, host_bounds
 from em_sampler.telemetry import Telemetry
-from em_sampler.torch_batched import BatchedTransform
 
 
 class V2Processor(LogitsProcessor):
@@ -36,7 +36,7 @@ class V2Processor(LogitsProcessor):
         self.has_method = np.zeros(slots, dtype=bool)
         self.table = RowParams.of(self.params, device)  # a row per slot
         self.stale = False  # the table on the device is behind `params`
-        self.transform = BatchedTransform(req_states.vocab_size, device, rows)
+        self.transform = fastest_transform(req_states.vocab_size, device, rows)
         self.telemetry = Telemetry(slots, rows, device, reports=parallel.rank % parallel.tensor_parallel_size == 0)
 
     def add_request(self, req_idx: int, sampling_params: SamplingParams) -> bool:

@@ -5,9 +5,11 @@ import numpy.typing as npt
 import torch
 
 from em_sampler import AdaptiveTemperatureParams, EMInfParams, oracle, transform
+from em_sampler.cpu_counted import CountedTransform
 from em_sampler.params import Params
 from em_sampler.rows import RowParams, Transformed
 from em_sampler.torch_batched import BatchedTransform
+from em_sampler.triton_fused import FusedTransform
 
 Row = npt.NDArray[np.float64]
 
@@ -33,4 +35,20 @@ def transform_masked(logits: torch.Tensor, params: list[Params | None]) -> Trans
     return engine(logits, RowParams.of(params, logits.device))
 
 
-FORMS = {"compact": transform, "masked": transform_masked}
+def transform_counted(logits: torch.Tensor, params: list[Params | None]) -> Transformed:
+    """`transform` by counting distinct values, on the CPU."""
+    return CountedTransform(logits.shape[1])(logits, RowParams.of(params))
+
+
+def transform_fused(logits: torch.Tensor, params: list[Params | None]) -> Transformed:
+    """`transform` by the CUDA kernels: compiled where the logits are on a GPU, else under Triton's interpreter."""
+    engine = FusedTransform(logits.shape[1], logits.device, max_rows=len(logits))
+    return engine(logits, RowParams.of(params, logits.device))
+
+
+FORMS = {
+    "compact": transform,
+    "masked": transform_masked,
+    "counted": transform_counted,
+    "fused": transform_fused,
+}

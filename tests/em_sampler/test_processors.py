@@ -15,10 +15,11 @@ from vllm import SamplingParams
 from vllm.v1.sample.logits_processor.interface import BatchUpdate, MoveDirectionality
 from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsContext, LogitsProcRequestState
 
-from em_sampler import EMInfParams, transform
+from em_sampler import EMInfParams
+from em_sampler.cpu_counted import CountedTransform
 from em_sampler.params import REPORT_KEY, Params
 from em_sampler.plugin import EMInfLogitsProcessor, requested
-from em_sampler.rows import Transformed
+from em_sampler.rows import RowParams, Transformed
 from em_sampler.telemetry import FOLDER_VARIABLE, Report
 from em_sampler.vllm_v1 import V1Processor
 from em_sampler.vllm_v2 import V2Processor
@@ -55,7 +56,7 @@ def logits_of(rows: int) -> torch.Tensor:
 
 def expected(rows: int, steps: list[int]) -> torch.Tensor:
     params: list[Params | None] = [EMInfParams(steps=n, threshold=0.0) if n else None for n in steps]
-    return transform(logits_of(rows), params).logits
+    return CountedTransform(VOCAB)(logits_of(rows), RowParams.of(params)).logits
 
 
 def v1() -> V1Processor:
@@ -269,7 +270,9 @@ def test_v1_reports_what_the_transform_measured() -> None:
     processor.apply(logits_of(3))
     assert reported.done is not None
     assert reported.last is not None and reported.last[1] == (5, 0)
-    alone = transform(logits_of(3), [None, EMInfParams(steps=3, threshold=0.0), EMInfParams(steps=2, threshold=0.0)])
+    alone = CountedTransform(VOCAB)(
+        logits_of(3), RowParams.of([None, EMInfParams(steps=3, threshold=0.0), EMInfParams(steps=2, threshold=0.0)])
+    )
     assert reported.done.steps.tolist() == [0, 3, 2]
     assert torch.equal(reported.done.entropy_before[1:], alone.entropy_before[1:])
     assert torch.equal(reported.done.entropy_after[1:], alone.entropy_after[1:])

@@ -154,7 +154,7 @@ def test_a_row_with_nan_or_inf_passes_through(params: Params, poison: float, for
     assert result.entropy_after.isnan().tolist() == [False, True, False]
     assert result.steps.tolist() == [result.steps[0].item(), 0, result.steps[2].item()]
     for row in (0, 2):  # its neighbours are as without it
-        assert torch.equal(logits[row], transform(before[row : row + 1].clone(), [params]).logits[0])
+        assert torch.equal(logits[row], FORMS[form](before[row : row + 1].clone(), [params]).logits[0])
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -176,7 +176,7 @@ def test_a_row_that_is_only_measured_keeps_every_bit(form: str) -> None:
         )
         assert result.entropy_after[row] == result.entropy_before[row]
     for row, params in ((2, em_inf), (5, AdaptiveTemperatureParams(threshold=0.0))):  # not disturbed by its neighbours
-        assert torch.equal(logits[row], transform(before[row : row + 1].clone(), [params]).logits[0])
+        assert torch.equal(logits[row], FORMS[form](before[row : row + 1].clone(), [params]).logits[0])
 
 
 @pytest.mark.parametrize("vocab", [2, 4099])

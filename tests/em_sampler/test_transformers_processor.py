@@ -9,7 +9,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LogitsProcessorList
 
 import demo
-from em_sampler import AdaptiveTemperatureParams, EMInfParams, transform
+from em_sampler import AdaptiveTemperatureParams, EMInfParams
+from em_sampler.cpu_counted import CountedTransform
+from em_sampler.rows import RowParams
 from em_sampler.transformers_processor import EntropyMinimizer
 
 STRONG = EMInfParams(threshold=0.0, steps=64, learning_rate=1.0)
@@ -60,7 +62,7 @@ def test_scores_are_those_of_transform(params, dtype: torch.dtype) -> None:  # t
     kept = scores.clone()
     processor = EntropyMinimizer(params)
     out = processor(torch.zeros(4, 1, dtype=torch.long), scores)
-    wanted = transform(kept.to(torch.float32, copy=True), [params] * 4)
+    wanted = CountedTransform(300)(kept.to(torch.float32, copy=True), RowParams.of([params] * 4))
     assert torch.equal(out, wanted.logits.to(dtype))
     assert out.dtype == dtype
     assert torch.equal(scores, kept)
