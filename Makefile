@@ -14,10 +14,10 @@ When it says "Application startup complete", from another terminal:
 endef
 export TRY
 
-.PHONY: help install serve test check format compat lock clean
+.PHONY: help install serve test bench bench-serving check format compat lock clean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' Makefile
 
 install: ## only make .venv; PYTHON=python3.12 and BUILD=cpu or BUILD=cuda choose other than what is found
 	@scripts/install.sh
@@ -29,6 +29,12 @@ serve: install ## start the server; MODEL=name-or-folder (default: the demo mode
 test: install ## run pytest; ARGS="-m 'not engine'" leaves out the tests that start vLLM
 	@scripts/prometheus.sh
 	.venv/bin/python -m pytest $(ARGS)
+
+bench: install ## measure the transform, into build/bench (minutes); ARGS="--quick", or "--rows 16 --arms ours,eager"
+	.venv/bin/python -m benchmarks.transform --out build/bench $(ARGS)
+
+bench-serving: install ## output tokens/s of the server, plugin on, off and hidden; MODEL=demo, vocab151k or 7b (CUDA), ARGS=--quick
+	.venv/bin/python -m benchmarks.serving $(if $(MODEL),--model $(MODEL)) $(ARGS)
 
 check: install ## check formatting and lint with ruff, types with mypy
 	.venv/bin/ruff format --check .

@@ -5,4 +5,4 @@ cd "$(dirname "$0")/.."
 python=${PYTHON:-.venv/bin/python}
 EM_TEST_DEVICE=cuda "$python" -m pytest -q tests/em_sampler/test_golden.py \
     tests/em_sampler/test_telemetry.py::test_a_stage_takes_a_step_to_the_host
-for rows in 1 16 256; do "$python" -m benchmarks.transform --device cuda --rows $rows; done
+"$python" -m benchmarks.transform --device cuda "$@"

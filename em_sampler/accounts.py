@@ -106,8 +106,12 @@ class Slots:
         self.shelf[slot] = self.shelves.index((account, report.every_token))
         self.request[slot], self.choice[slot] = report.request, report.choice
 
+    def waited_for(self) -> bool:
+        """Whether any slot's statistics are wanted token by token."""
+        return any(self.shelves[number][1] for number in set(self.shelf.tolist()) - {-1})
+
     def add(self, rows: NDArray[np.int32]) -> None:
-        """One step's rows [rows, telemetry.COLUMNS] go to the accounts that they belong to."""
+        """Rows of one or more steps [rows, telemetry.COLUMNS] go to the accounts that they belong to."""
         slots, positions = rows[:, 0], rows[:, 1]
         tokens = np.empty(len(rows), dtype=TOKEN)
         tokens["request"], tokens["choice"], tokens["position"] = self.request[slots], self.choice[slots], positions

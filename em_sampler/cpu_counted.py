@@ -6,7 +6,8 @@ makes of a logit depends on its value and on sums over the row, so each value is
 
 import math
 from collections.abc import Callable
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from numba import njit
 from numpy.typing import NDArray
 from torch import Tensor
 
+from em_sampler import openmp
 from em_sampler.oracle import BETA1, BETA2, EPSILON
 from em_sampler.rows import ADAPTIVE, COLUMNS, EM_INF, NO_METHOD, RowParams, Transformed
 
@@ -26,12 +28,15 @@ METHOD, THRESHOLD, STEPS, RATE, KL, ADAM, RATIO, MIN_T, MAX_T = range(len(COLUMN
 
 HALF = np.uint32(16)  # a bfloat16 is the upper half of a float32; its 65,536 codes are the slots of the count
 CODES = 65_536
-MANY = 8  # a row with more than 1 / MANY of its values off bfloat16's grid is not counted: each logit is its own
+FEW = 4096  # a row of no more logits is not counted: each logit is its own value, and the codes need no looking through
+MANY = 8  # nor is one with more than 1 / MANY of its values off bfloat16's grid
 REACH = 40.0  # nats below the peak under which a value neither moves nor counts, at temperature 1
-SMALLEST = F(-87.0)  # argument of exp32: e^-87 is nothing beside the peak's 1
+SMALLEST = F(-87.0)  # argument of exp32; the value of all that lies below it
+LEAST = 1.5e-36  # nats of entropy for each logit: what logits at SMALLEST may seem to add
 NOTHING = F(-1e6)  # stands in for -inf, so that no sum holds 0 * inf
 INFINITY = INT(0x7F800000)
 BLOCK = 2048  # values summed in float32 before float64 takes over
+WORTH_THREADS = 2**18  # logits in a batch, under which waking the threads takes longer than the work
 STRIDE = 64  # codes that are skipped together where a count is empty
 
 TEMPERATURE_TOLERANCE = 1e-6  # relative
@@ -56,14 +61,32 @@ def compiled(*, fuse: bool = False) -> Callable[[Callable[..., Any]], Callable[.
     return decorate
 
 
+class Workspace(NamedTuple):
+    """What one thread works in."""
+
+    counts: Ints  # [CODES], all zero between rows
+    table: Floats  # [CODES], new logit by code
+    work: Floats  # [7, vocab], see `_distinct` and `_descend`
+    where: Ints  # [vocab]
+
+
 class CountedTransform:
-    """`transform` for an engine that calls it at every step. Compiles when it is made, or loads what it compiled."""
+    """`transform` for an engine that calls it at every step. Compiles when it is made, or loads what it compiled.
+
+    Rows are shared out among as many of torch's threads as torch uses when it is made.
+    """
 
     def __init__(self, vocab_size: int) -> None:
-        self.counts = np.zeros(CODES, dtype=np.int32)
-        self.table = np.zeros(CODES, dtype=np.float32)  # new logit by code
-        self.work = np.zeros((7, vocab_size), dtype=np.float32)
-        self.where = np.zeros(vocab_size, dtype=np.int32)
+        self.threads = torch.get_num_threads()
+        self.workspaces = tuple(
+            Workspace(
+                np.zeros(CODES, dtype=np.int32),
+                np.zeros(CODES, dtype=np.float32),
+                np.zeros((7, vocab_size), dtype=np.float32),
+                np.zeros(vocab_size, dtype=np.int32),
+            )
+            for _ in range(self.threads)
+        )
         self(torch.zeros(1, vocab_size), RowParams.of([None]))
 
     def __call__(self, logits: Tensor, params: RowParams) -> Transformed:
@@ -72,15 +95,19 @@ class CountedTransform:
         entropies = np.full((2, rows), math.nan, dtype=np.float32)
         steps = np.zeros(rows, dtype=np.int32)
         if rows:
-            span = logits.detach().as_strided(((rows - 1) * logits.stride(0) + vocab,), (1,)).numpy()
-            values, stride = params.values.numpy(), logits.stride(0)
-            _transform(span, stride, values, entropies, steps, self.counts, self.table, self.work, self.where)
+            stride = logits.stride(0)
+            span = logits.detach().as_strided(((rows - 1) * stride + vocab,), (1,)).numpy()
+            batch = span, stride, params.values.numpy(), entropies, steps
+            threads = min(self.threads, rows) if rows * vocab >= WORTH_THREADS else 1
+            openmp.run(partial(_transform, k, threads, *batch, *self.workspaces[k]) for k in range(threads))
         before, after = torch.from_numpy(entropies)
         return Transformed(logits, before, after, torch.from_numpy(steps))
 
 
 @compiled()
 def _transform(
+    first: int,
+    every: int,
     span: Floats,
     stride: int,
     params: Floats,
@@ -92,7 +119,7 @@ def _transform(
     where: Ints,
 ) -> None:
     vocab = work.shape[1]
-    for i in range(len(params)):
+    for i in range(first, len(params), every):
         z, p = span[i * stride : i * stride + vocab], params[i]
         if p[METHOD] == NO_METHOD:
             continue
@@ -136,7 +163,7 @@ def _scan(z: Floats) -> tuple[float, bool, bool]:
 
 @compiled(fuse=True)
 def exp32(x: Any) -> Any:
-    """e^x in float32 for x from SMALLEST up to 0, to 1e-7 relative."""
+    """e^x in float32, to 1e-7 relative, for x from SMALLEST up to as far above 0."""
     k = np.floor(x * F(1.4426950408889634) + F(0.5))
     r = x - k * F(0.693359375) + k * F(2.12194440e-4)  # ln 2 in two parts
     p = F(1.98756915e-4)  # a minimax polynomial of (e^r - 1 - r) / r^2 on |r| < ln 2 / 2
@@ -163,7 +190,8 @@ def _entropy(z: Floats, peak: float) -> float:
             sx += e * x
         total += s
         mean += sx
-    return max(math.log(total) - mean / total, 0.0)
+    h = math.log(total) - mean / total
+    return h if h > len(z) * LEAST else 0.0
 
 
 @compiled()
@@ -173,16 +201,19 @@ def _distinct(
     """The row's values, less its peak, into work[0], and how often each occurs into work[1]: (how many, counted).
 
     where[j] says what value j is: a code of bfloat16, or -1 - k for logit k, off the grid; these come first. A row that
-    has many of them is not counted: value k is logit k. Leaves `table` with the row's values by code.
+    has many of them, or few logits, is not counted: value k is logit k. Leaves `table` with the row's values by code.
     """
     codes, n = z.view(np.uint32), 0
-    if on_grid:
+    if len(z) <= FEW:
+        n = len(z)
+    elif on_grid:
         for k in range(len(codes)):
             counts[codes[k] >> HALF] += INT(1)
     else:
         n = _count_some(codes, counts, where)
     if n > len(z) // MANY:
-        counts[:] = INT(0)
+        if len(z) > FEW:
+            counts[:] = INT(0)
         for k in range(len(z)):
             work[0, k], work[1, k] = max(z[k] - F(peak), NOTHING), F(1)
         return len(z), False
@@ -241,50 +272,62 @@ def _descend(work: Floats, n: int, params: Floats) -> tuple[float, int]:
         work[0, :n], work[1, :n], work[2, :n], work[3, :n], work[4, :n], work[5, :n], work[6, :n],
     )  # fmt: skip
     threshold, steps, rate, kl = params[THRESHOLD], params[STEPS], params[RATE], params[KL]
-    top, taken = 0.0, 0
-    total, mean = _exponentials(x, w, e, F(top))
+    # e is exp(x - origin). The origin follows the log of the total, so that the total stays near 1; a step moves no
+    # value by so much that e could overflow.
+    origin, taken = 0.0, 0
+    total, mean = _begin(x, w, moved, e, m, v)
     h = math.log(total) - mean
-    _begin(x, moved, e, m, v, p0, F(1 / total))
+    for k in range(n):
+        p0[k] = e[k] * F(1 / total)
     while taken < steps and h >= threshold:
         taken += 1
-        share, center = F(1 / total), F(top + mean)
-        if params[ADAM]:
-            scale, bias = F(rate / (1 - BETA1**taken)), F(1 / math.sqrt(1 - BETA2**taken))
-            _adam(x, e, m, v, p0, share, center, kl, scale, bias)
-        else:
-            _plain(x, e, p0, share, center, kl, rate)
-        top = _scan(x)[0]
-        total, mean = _exponentials(x, w, e, F(top))
-        h = math.log(total) - mean
-    for k in range(len(x)):
+        share, center = F(1 / total), F(origin + mean)
+        origin += math.log(total)
+        decay1, decay2 = 1 - BETA1**taken, 1 - BETA2**taken
+        scale, bias = F(rate / decay1), F(1 / math.sqrt(decay2))
+        total, mean = 0.0, 0.0
+        for start in range(0, n, BLOCK):
+            block = slice(start, start + BLOCK)
+            if params[ADAM]:
+                _adam(x[block], e[block], m[block], v[block], p0[block], share, center, kl, scale, bias)
+            else:
+                _plain(x[block], e[block], p0[block], share, center, kl, rate)
+            s, sx = _exponentials(x[block], w[block], e[block], F(origin))
+            total += s
+            mean += sx
+        mean /= total
+        h = max(math.log(total) - mean, 0.0)
+    for k in range(n):
         moved[k] = x[k] - moved[k]
     return h, taken
 
 
 @compiled()
-def _exponentials(x: Floats, w: Floats, e: Floats, top: Any) -> tuple[float, float]:
-    """e = exp(x - top): (their sum, weighted by w; the mean of x - top under p)."""
+def _begin(x: Floats, w: Floats, moved: Floats, e: Floats, m: Floats, v: Floats) -> tuple[float, float]:
+    """Where the steps start from: (sum of e = exp(x), weighted by w; mean of x under p)."""
+    moved[:] = x
+    m[:] = F(0)
+    v[:] = F(0)
     total, mean = 0.0, 0.0
     for start in range(0, len(x), BLOCK):
-        xs, ws, es = x[start : start + BLOCK], w[start : start + BLOCK], e[start : start + BLOCK]
-        s, sx = F(0), F(0)
-        for k in range(len(xs)):
-            below = max(xs[k] - top, SMALLEST)
-            es[k] = exp32(below)
-            weight = es[k] * ws[k]
-            s += weight
-            sx += weight * below
+        block = slice(start, start + BLOCK)
+        s, sx = _exponentials(x[block], w[block], e[block], F(0))
         total += s
         mean += sx
     return total, mean / total
 
 
 @compiled()
-def _begin(x: Floats, moved: Floats, e: Floats, m: Floats, v: Floats, p0: Floats, share: Any) -> None:
+def _exponentials(x: Floats, w: Floats, e: Floats, origin: Any) -> tuple[Any, Any]:
+    """e = exp(x - origin) of one block: (their sum, weighted by w; the same of e (x - origin))."""
+    s, sx = F(0), F(0)
     for k in range(len(x)):
-        moved[k] = x[k]
-        m[k] = v[k] = F(0)
-        p0[k] = e[k] * share
+        below = max(x[k] - origin, SMALLEST)
+        e[k] = exp32(below)
+        weight = e[k] * w[k]
+        s += weight
+        sx += weight * below
+    return s, sx
 
 
 @compiled()

@@ -20,20 +20,22 @@ METHOD, THRESHOLD, STEPS, RATE, KL, ADAM, RATIO, MIN_T, MAX_T = (C(i) for i in r
 COLUMNS, HISTORY = C(len(rows.COLUMNS)), C(MAX_STEPS)
 
 CHUNK = C(4096)  # logits of one program
-PARTIAL = C(4)  # numbers that a program leaves of its chunk: maximum, sum of exp, its first moment, values off the grid
+PARTIAL = C(5)  # numbers that a program leaves of its chunk: see `_measure`
 
 # The grid: a cell is a sign, an octave and some bits of the distance from the row's centre. A row of EM-INF has 16
-# octaves from 2^-11 with 7 bits each. One of adaptive temperature has 32 from 2^-16 with 6 bits: it may look further.
+# octaves, down from its own spread, with 7 bits each. One of adaptive temperature has 32 from 2^-16 up, with 6 bits: it
+# may look further.
 CELLS, SIDE = C(4096), C(2048)
-INNER_EM_INF, INNER_ADAPTIVE = C(-11), C(-16)
+OCTAVES_EM_INF, FINEST, INNER_ADAPTIVE = C(16), C(-100), C(-16)
 SHIFT_EM_INF, SHIFT_ADAPTIVE = C(16), C(17)  # a cell is so many of a float32's bits wide
 # A count holds, in one integer, how many logits fell into a cell and the sum of their places in it, in those bits.
 COUNT_SHIFT, PLACE_SUM = C(40), C((1 << 40) - 1)
 REACH_EM_INF = C(25.0)  # nats below the peak under which logits do not count: 150,000 of them weigh 2e-6
 SMALLEST = C(-87.0)  # argument of exp: e^-87 is nothing beside the peak's 1
-LOWEST_X = C(-32.0)  # end of EM-INF's grid: further down nothing moves
 LOWEST = C(-3e38)  # stands in for -inf where numbers are subtracted
 CROWD = C(8)  # fewer logits in a cell are taken to be equal
+ABOVE = C(0.01)  # cells higher than this above the highest logit are empty: they must not run away
+STEEPEST = C(1e4)  # nor may a slope
 STEEP = C(0.01)  # a cell over which the tangent changes a logit by more is not trusted with it
 
 MOST_SPREAD = C(0.1)  # variance within a cell beyond which its second order says nothing
@@ -49,7 +51,7 @@ class FusedTransform:
     """
 
     def __init__(self, vocab_size: int, device: torch.device, max_rows: int) -> None:
-        self.splits = triton.cdiv(vocab_size, CHUNK.value)
+        self.splits, max_rows = triton.cdiv(vocab_size, CHUNK.value), max(max_rows, 1)
 
         def floats(*shape: int) -> Tensor:
             return torch.empty(max_rows, *shape, dtype=torch.float32, device=device)
@@ -82,8 +84,8 @@ class FusedTransform:
 
 @triton.jit
 def _measure(logits, stride, params, partials, vocab: tl.constexpr, splits: tl.constexpr, power: tl.constexpr):
-    """One chunk's maximum, sum and first moment of exp(z - maximum), and how many values bfloat16 does not have: more
-    than any number where it holds NaN or +inf."""
+    """One chunk's maximum, sum and first moment of exp(z - maximum), its lowest value within reach of the maximum, and
+    how many values bfloat16 does not have: more than any number where it holds NaN or +inf."""
     split, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     if tl.load(params + row * COLUMNS + METHOD) == NO_METHOD:
         return
@@ -98,37 +100,38 @@ def _measure(logits, stride, params, partials, vocab: tl.constexpr, splits: tl.c
     tl.store(out, peak)
     tl.store(out + 1, tl.sum(e))
     tl.store(out + 2, tl.sum(e * below))
-    tl.store(out + 3, tl.sum(off_grid))
+    tl.store(out + 3, tl.min(tl.where(z - peak > -REACH_EM_INF, z, peak)))
+    tl.store(out + 4, tl.sum(off_grid))
 
 
 @triton.jit
 def _row(params, partials, row, splits: tl.constexpr, power: tl.constexpr):
-    """(peak, total of exp(z - peak), mean of z - peak, values off bfloat16's grid, entropy, whether it is active).
-
-    The entropy of a row that passes through is NaN.
-    """
+    """A row as a whole: (its peak, total of exp(z - peak), mean of z - peak, how far down it reaches, values off
+    bfloat16's grid, entropy: NaN where it passes through, whether it is active)."""
     split = tl.arange(0, power)
     at, mask = partials + (row * splits + split) * PARTIAL, split < splits
     peaks = tl.load(at, mask=mask, other=LOWEST)
     sums = tl.load(at + 1, mask=mask, other=0.0)
     moments = tl.load(at + 2, mask=mask, other=0.0)
-    off_grid = tl.sum(tl.load(at + 3, mask=mask, other=0.0))
+    lows = tl.load(at + 3, mask=mask, other=LOWEST)
+    off_grid = tl.sum(tl.load(at + 4, mask=mask, other=0.0))
     peak = tl.max(peaks)
     below = tl.maximum(peaks - peak, SMALLEST)
     scale = tl.where(peaks - peak > SMALLEST, tl.exp(below), 0.0)
     total = tl.sum(sums * scale)
     mean = tl.sum((moments + sums * below) * scale) / total
+    spread = tl.max(tl.where(peaks - peak > -REACH_EM_INF, tl.minimum(peak - lows, REACH_EM_INF), 0.0))
     h = tl.maximum(tl.log(total) - mean, 0.0)
     h = tl.where((off_grid == float("inf")) | (peak == LOWEST), float("nan"), h)
     p = params + row * COLUMNS
     method, threshold = tl.load(p + METHOD), tl.load(p + THRESHOLD)
     descends = (method == EM_INF) & (h >= threshold) & (tl.load(p + STEPS) > 0)
     active = descends | ((method == ADAPTIVE) & (h > threshold))
-    return peak, total, mean, off_grid, h, active
+    return peak, total, mean, spread, off_grid, h, active
 
 
 @triton.jit
-def _grid(params, row, mean):
+def _grid(params, row, mean, spread):
     """A row's grid: (its centre, exponent of the innermost octave, bits of a cell, nats below the peak that count).
 
     EM-INF breaks at its cut, where log p + H = 0: at the mean. Adaptive temperature is decided next to the peak, and
@@ -136,7 +139,8 @@ def _grid(params, row, mean):
     """
     p = params + row * COLUMNS
     adaptive = tl.load(p + METHOD) == ADAPTIVE
-    inner = tl.where(adaptive, INNER_ADAPTIVE, INNER_EM_INF)
+    outer = (spread.to(tl.int32, bitcast=True) >> 23) - 127 + 1  # the octave above the spread
+    inner = tl.where(adaptive, INNER_ADAPTIVE, tl.maximum(outer - OCTAVES_EM_INF, FINEST))
     shift = tl.where(adaptive, SHIFT_ADAPTIVE, SHIFT_EM_INF)
     hottest = tl.maximum(tl.load(p + MAX_T), 1.0)
     return tl.where(adaptive, 0.0, mean), inner, shift, tl.where(adaptive, -SMALLEST * hottest, REACH_EM_INF)
@@ -164,12 +168,12 @@ def _count(logits, stride, params, partials, counts, vocab: tl.constexpr, splits
     split, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     if tl.load(params + row * COLUMNS + METHOD) == NO_METHOD:
         return
-    peak, _, mean, _, _, active = _row(params, partials, row, splits, power)
+    peak, _, mean, spread, _, _, active = _row(params, partials, row, splits, power)
     if not active:
         return
     at = split * CHUNK + tl.arange(0, CHUNK)
     z = tl.load(logits + row * stride + at, mask=at < vocab, other=-float("inf"))
-    centre, inner, shift, reach = _grid(params, row, mean)
+    centre, inner, shift, reach = _grid(params, row, mean, spread)
     cell, place = _cell((z - peak) - centre, inner, shift)
     one = (tl.full([CHUNK], 1, tl.int64) << COUNT_SHIFT) + place
     tl.atomic_add(counts + row * CELLS + cell, one, mask=z - peak > -reach, sem="relaxed")
@@ -204,7 +208,7 @@ def _sums(x, slope, n, variance):
     """(maximum of x, sum of n exp(x - maximum), mean of x - maximum), each cell's spread included to second order."""
     top = tl.max(tl.where(n > 0, x, LOWEST))
     below = tl.minimum(tl.maximum(x - top, SMALLEST), 0.0)
-    e = tl.exp(below)
+    e = tl.where(x - top > ABOVE, 0.0, tl.exp(below))
     spread = tl.minimum(slope * slope * variance, MOST_SPREAD)
     weight = tl.where(n > 0, n * e, 0.0)
     total = tl.sum(weight * (1 + spread / 2))
@@ -225,12 +229,12 @@ def _solve(
     p = params + row * COLUMNS
     if tl.load(p + METHOD) == NO_METHOD:
         return
-    peak, total, mean, off_grid, h, active = _row(params, partials, row, splits, power)
+    peak, total, mean, spread, off_grid, h, active = _row(params, partials, row, splits, power)
     tl.store(before + row, h)
     tl.store(after + row, h)
     if not active:
         return
-    centre, inner, shift, _ = _grid(params, row, mean)
+    centre, inner, shift, _ = _grid(params, row, mean, spread)
     n, x, width = _contents(counts, row, inner, shift)
     variance = _variance(n, x, x + centre + peak, width, tl.where(off_grid < vocab / 2, 1.0, 0.0))
     if tl.load(p + METHOD) == ADAPTIVE:
@@ -261,7 +265,7 @@ def _descend(p, n, x, width, variance, total, centre, h, tangents, history):
     dm, dv = tl.zeros([CELLS], tl.float32), tl.zeros([CELLS], tl.float32)
     broken = tl.zeros([CELLS], tl.int32)
     top, share, mean = -centre, 1.0 / total, centre
-    e = tl.exp(tl.minimum(tl.maximum(x - top, SMALLEST), 0.0))
+    e = tl.where(x - top > ABOVE, 0.0, tl.exp(tl.minimum(tl.maximum(x - top, SMALLEST), 0.0)))
     p0 = e * share
     decay1, decay2 = 1.0, 1.0
     taken = 0
@@ -289,6 +293,7 @@ def _descend(p, n, x, width, variance, total, centre, h, tangents, history):
         else:
             x -= rate * g
             slope -= rate * dg
+        slope = tl.minimum(tl.maximum(slope, -STEEPEST), STEEPEST)
         taken += 1
         top, total, mean, e = _sums(x, slope, n, variance)
         share = 1.0 / total
@@ -364,15 +369,15 @@ def _move(
     if tl.load(params + row * COLUMNS + METHOD) == ADAPTIVE:
         tl.store(logits + row * stride + at, tl.div_rn(z, tl.load(history)), mask=mask)
         return
-    peak, _, mean, _, _, _ = _row(params, partials, row, splits, power)
-    centre, inner, shift, _ = _grid(params, row, mean)
+    peak, _, mean, spread, _, _, _ = _row(params, partials, row, splits, power)
+    centre, inner, shift, _ = _grid(params, row, mean, spread)
     x = (z - peak) - centre
     cell, _ = _cell(x, inner, shift)
     packed = tl.load(tangents + row * CELLS + cell)
     moved = (
         packed.to(tl.int32).to(tl.float32, bitcast=True) + (packed >> 32).to(tl.int32).to(tl.float32, bitcast=True) * x
     )
-    moved = tl.where(x > LOWEST_X, moved, 0.0)
+    moved = tl.where(x > -_power_of_2(inner + OCTAVES_EM_INF), moved, 0.0)  # further down nothing moves
     broken = moved != moved
     if tl.max(broken.to(tl.int32)) > 0:
         moved = tl.where(broken, _retrace(x, params + row * COLUMNS, history, taken), moved)

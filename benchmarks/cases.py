@@ -1,0 +1,96 @@
+"""What the benchmark of the transform measures: cases, the sweeps they come from, and the parameters of their rows.
+
+A sweep changes one thing at a time around a base case; the targets are cases around the same base.
+"""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from itertools import product
+from typing import Literal
+
+from benchmarks.logits import Origin
+from em_sampler.params import MAX_THRESHOLD, AdaptiveTemperatureParams, EMInfParams, MeasureParams, Params
+
+Method = Literal["adam", "sgd", "adaptive", "mixed"]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One batch: its size, and what its rows ask for."""
+
+    rows: int
+    vocab: int
+    steps: int = 5
+    share: float = 1.0  # of the rows that are active; the others are measured and left alone
+    origin: Origin = "bfloat16"
+    method: Method = "adam"  # mixed: adam, sgd, adaptive temperature, nothing, measure, row by row in turn
+
+    def params(self) -> list[Params | None]:
+        """One entry for each row: threshold 0 where it is active, above any entropy where it is idle."""
+        idle = [math.floor((i + 1) * self.share + 1e-9) == math.floor(i * self.share + 1e-9) for i in range(self.rows)]
+        return [self._row(i, MAX_THRESHOLD if idle[i] else 0.0) for i in range(self.rows)]
+
+    def _row(self, number: int, threshold: float) -> Params | None:
+        every: dict[str, Params | None] = {
+            "adam": EMInfParams(threshold=threshold, steps=self.steps),
+            "sgd": EMInfParams(threshold=threshold, steps=self.steps, optimizer="sgd"),
+            "adaptive": AdaptiveTemperatureParams(threshold=threshold),
+            "none": None,
+            "measure": MeasureParams(),
+        }
+        return list(every.values())[number % len(every)] if self.method == "mixed" else every[self.method]
+
+    def __str__(self) -> str:
+        return f"{self.rows} x {self.vocab}, {self.method}, {self.steps} steps, {self.share:g} active, {self.origin}"
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What a run sweeps over. The base case has `base_rows` rows and the vocabulary `base_vocab`."""
+
+    rows: tuple[int, ...]
+    vocabs: tuple[int, ...]
+    base_rows: int
+    base_vocab: int
+    steps: tuple[int, ...] = (1, 5, 15, 64)
+    shares: tuple[float, ...] = (0.0, 0.2, 1.0)
+    grid: bool = False  # whether `ours` also does every number of rows with every vocabulary
+
+    @property
+    def base(self) -> Case:
+        return Case(self.base_rows, self.base_vocab)
+
+    def sweep(self) -> list[Case]:
+        """One thing at a time around the base case; every arm that can does these."""
+        base = self.base
+        cases = [replace(base, rows=rows) for rows in self.rows]
+        cases += [replace(base, vocab=vocab) for vocab in self.vocabs]
+        cases += [replace(base, steps=steps) for steps in self.steps]
+        cases += [replace(base, share=share) for share in self.shares]
+        cases += [replace(base, origin="float32"), replace(base, origin="penalised")]
+        cases += [replace(base, method="sgd"), replace(base, method="adaptive"), replace(base, method="mixed")]
+        return unique(cases)
+
+    def every_size(self) -> list[Case]:
+        """Rows x vocabularies."""
+        return [replace(self.base, rows=rows, vocab=vocab) for rows, vocab in product(self.rows, self.vocabs)]
+
+
+VOCABS = (32_000, 128_256, 151_936, 262_144)
+CPU = Sizes(rows=(1, 4, 16, 64, 256), vocabs=VOCABS, base_rows=16, base_vocab=151_936)
+CUDA = Sizes(rows=(1, 4, 16, 64, 256, 512, 1024), vocabs=VOCABS, base_rows=256, base_vocab=151_936, grid=True)
+QUICK = Sizes(rows=(1, 5), vocabs=(500, 2_000), base_rows=5, base_vocab=2_000, steps=(1, 5))
+
+
+def unique(cases: Iterable[Case]) -> list[Case]:
+    """Each case once, in the order they came."""
+    return list(dict.fromkeys(cases))
+
+
+def limited(sizes: Sizes, rows: tuple[int, ...] | None, vocabs: tuple[int, ...] | None) -> Sizes:
+    """`sizes` with other rows or vocabularies; the base case moves where they leave it out."""
+    rows, vocabs = rows or sizes.rows, vocabs or sizes.vocabs
+    base_rows = sizes.base_rows if sizes.base_rows in rows else max(rows)
+    base_vocab = sizes.base_vocab if sizes.base_vocab in vocabs else max(vocabs)
+    return replace(sizes, rows=rows, vocabs=vocabs, base_rows=base_rows, base_vocab=base_vocab)

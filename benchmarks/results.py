@@ -1,0 +1,144 @@
+"""What one arm took on one case, and all of a run's in CSV. The columns are described in benchmarks/transform.py."""
+
+import csv
+import math
+import statistics
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import torch
+
+from benchmarks.cases import Case
+from benchmarks.timing import Turn
+
+BYTES_PER_LOGIT = 8  # one read and one write of a float32
+NAN = math.nan
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where a run was made."""
+
+    device: str
+    torch_version: str
+    threads: int
+
+    @classmethod
+    def of(cls, device: torch.device) -> "Machine":
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
+        return cls(name, torch.__version__, torch.get_num_threads())
+
+
+@dataclass(frozen=True)
+class Result:
+    """Medians and quartiles over the rounds; NaN where the arm failed."""
+
+    arm: str
+    rows: int
+    vocab: int
+    steps: int
+    share: float
+    origin: str
+    method: str
+    time_us: float = NAN
+    time_us_low: float = NAN
+    time_us_high: float = NAN
+    host_us: float = NAN
+    gb_per_s: float = NAN
+    copy_us: float = NAN
+    of_copy: float = NAN
+    of_copy_low: float = NAN
+    of_copy_high: float = NAN
+    log_softmax_us: float = NAN
+    x_log_softmax: float = NAN
+    x_log_softmax_low: float = NAN
+    x_log_softmax_high: float = NAN
+    rounds: int = 0
+    status: str = "ok"
+
+    @classmethod
+    def of(cls, arm: str, case: Case, turns: Sequence[Turn]) -> "Result":
+        """A ratio is of two times of one round, so that it does not see what slowed the whole round."""
+        low, time, high = _quartiles([turn.call * 1e6 for turn in turns])
+        of_copy = _quartiles([turn.copy / turn.call for turn in turns])
+        of_log_softmax = _quartiles([turn.call / turn.log_softmax for turn in turns])
+        return cls(
+            arm,
+            **asdict(case),
+            time_us=time,
+            time_us_low=low,
+            time_us_high=high,
+            host_us=statistics.median(turn.host for turn in turns) * 1e6,
+            gb_per_s=BYTES_PER_LOGIT * case.rows * case.vocab / time / 1e3,
+            copy_us=statistics.median(turn.copy for turn in turns) * 1e6,
+            of_copy=of_copy[1],
+            of_copy_low=of_copy[0],
+            of_copy_high=of_copy[2],
+            log_softmax_us=statistics.median(turn.log_softmax for turn in turns) * 1e6,
+            x_log_softmax=of_log_softmax[1],
+            x_log_softmax_low=of_log_softmax[0],
+            x_log_softmax_high=of_log_softmax[2],
+            rounds=len(turns),
+        )
+
+    @classmethod
+    def failed(cls, arm: str, case: Case, error: Exception) -> "Result":
+        lines = str(error).strip().splitlines() or [""]
+        return cls(arm, **asdict(case), status=f"failed: {type(error).__name__}: {lines[0][:200]}")
+
+    @property
+    def ok(self) -> bool:
+        return self.status == "ok"
+
+    def __str__(self) -> str:
+        if not self.ok:
+            return f"{self.arm:9} {self.status}"
+        host = "" if self.host_us == self.time_us else f", {self.host_us:,.1f} us of the host"
+        quartiles = f"({self.x_log_softmax_low:.2f} to {self.x_log_softmax_high:.2f})"
+        return (
+            f"{self.arm:9} {self.time_us:11,.1f} us {self.gb_per_s:8,.1f} GB/s  {self.of_copy:7.1%} of a copy's  "
+            f"{self.x_log_softmax:7.2f} x log_softmax {quartiles}{host}"
+        )
+
+
+class Results(list[Result]):
+    """A run's results, by arm and case."""
+
+    def get(self, arm: str, case: Case) -> Result | None:
+        """None where it was not measured or failed."""
+        wanted = asdict(case)
+        for result in self:
+            if result.arm == arm and result.ok and all(getattr(result, k) == v for k, v in wanted.items()):
+                return result
+        return None
+
+    def save(self, path: Path, machine: Machine) -> None:
+        """CSV: the machine's columns, then the result's."""
+        names = [field.name for field in (*fields(Machine), *fields(Result))]
+        with path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, names)
+            writer.writeheader()
+            writer.writerows(asdict(machine) | _rounded(result) for result in self)
+
+
+def _quartiles(values: Sequence[float]) -> tuple[float, float, float]:
+    low, median, high = statistics.quantiles(values, n=4, method="inclusive")
+    return low, median, high
+
+
+def _rounded(result: Result) -> dict[str, object]:
+    """Six significant digits, which is more than any clock here gives."""
+    return {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in asdict(result).items()}
+
+
+def _cpu_name() -> str:
+    """The processor's model, where Linux tells."""
+    return next(_cpu_models(), "CPU")
+
+
+def _cpu_models() -> Iterator[str]:
+    info = Path("/proc/cpuinfo")
+    for line in info.read_text().splitlines() if info.exists() else ():
+        if line.startswith("model name"):
+            yield line.partition(":")[2].strip()
