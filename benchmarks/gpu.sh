@@ -1,8 +1,10 @@
 #!/bin/sh
-# Everything that has to be measured on a CUDA device, in one go: agreement with the CPU, then time.
+# Everything that has to be measured on a CUDA device, in one go: agreement with the oracle, the transform's time, and,
+# where vLLM is installed, the server's with the plugin on and off on a 7B-class model with dummy weights.
 set -eu
 cd "$(dirname "$0")/.."
 python=${PYTHON:-.venv/bin/python}
-EM_TEST_DEVICE=cuda "$python" -m pytest -q tests/em_sampler/test_golden.py \
-    tests/em_sampler/test_telemetry.py::test_a_stage_takes_a_step_to_the_host
+EM_TEST_DEVICE=cuda "$python" -m pytest -q tests/em_sampler/test_golden.py tests/em_sampler/test_transform.py \
+    tests/em_sampler/test_triton_fused.py tests/em_sampler/test_telemetry.py::test_a_stage_takes_a_step_to_the_host
 "$python" -m benchmarks.transform --device cuda "$@"
+if "$python" -c 'import vllm' 2>/dev/null; then VLLM_GPU_SYNC_CHECK=error "$python" -m benchmarks.serving --model 7b; fi

@@ -1,5 +1,8 @@
 """What the tests of the transform share: distributions, and rows as the oracle sees them."""
 
+import os
+from collections.abc import Callable
+
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -12,6 +15,7 @@ from em_sampler.torch_batched import BatchedTransform
 from em_sampler.triton_fused import FusedTransform
 
 Row = npt.NDArray[np.float64]
+DEVICE = os.environ.get("EM_TEST_DEVICE", "cpu")  # benchmarks/gpu.sh asks for "cuda"
 
 
 def expected(logits: torch.Tensor, params: Params) -> tuple[Row, int]:
@@ -46,9 +50,22 @@ def transform_fused(logits: torch.Tensor, params: list[Params | None]) -> Transf
     return engine(logits, RowParams.of(params, logits.device))
 
 
-FORMS = {
-    "compact": transform,
-    "masked": transform_masked,
-    "counted": transform_counted,
-    "fused": transform_fused,
-}
+Form = Callable[[torch.Tensor, list[Params | None]], Transformed]
+
+
+def on_device(form: Form) -> Form:
+    """`form` on the device that is tested, for logits on the CPU."""
+
+    def moved(logits: torch.Tensor, params: list[Params | None]) -> Transformed:
+        there = logits.to(DEVICE)
+        result = form(there, params)
+        if there is not logits:
+            logits.copy_(there)
+        return Transformed(logits, *(values.cpu() for values in result[1:]))
+
+    return moved
+
+
+FORMS = {"compact": transform, "masked": transform_masked, "counted": transform_counted, "fused": transform_fused}
+if DEVICE != "cpu":
+    FORMS = {"masked": on_device(transform_masked), "fused": on_device(transform_fused)}

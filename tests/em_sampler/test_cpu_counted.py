@@ -1,0 +1,100 @@
+"""What only the counting form can get wrong: its compilation, its threads, what it leaves behind, when it counts."""
+
+import threading
+
+import pytest
+import torch
+
+from em_sampler import AdaptiveTemperatureParams, EMInfParams, cpu_counted, openmp
+from em_sampler.cpu_counted import FEW, MANY, CountedTransform
+from em_sampler.params import Params
+from em_sampler.rows import RowParams
+from tests.em_sampler.support import expected, total_variation
+
+MIXED: list[Params | None] = [EMInfParams(), AdaptiveTemperatureParams(), None, EMInfParams(optimizer="sgd")]
+
+
+def rows_of(count: int, vocab: int) -> torch.Tensor:
+    return (torch.randn(count, vocab, generator=torch.Generator().manual_seed(vocab)) * 3).bfloat16().float()
+
+
+def test_everything_is_compiled_when_it_is_made() -> None:
+    """One signature, whatever the batch: no request waits for the compiler."""
+    engine = CountedTransform(300)
+    compiled = list(cpu_counted._transform.signatures)
+    for rows in (1, 7, 64):
+        engine(rows_of(rows, 300), RowParams.of((MIXED * 16)[:rows]))
+    CountedTransform(9000)(torch.randn(2, 9000), RowParams.of(MIXED[:2]))
+    padded = torch.randn(3, 400)
+    with torch.inference_mode():
+        engine(padded[:, :300], RowParams.of(MIXED[:3]))
+    assert cpu_counted._transform.signatures == compiled
+    assert len(compiled) == 1
+
+
+def test_compiled_code_is_kept_for_the_next_start() -> None:
+    CountedTransform(300)
+    stats = cpu_counted._transform.stats
+    assert sum(stats.cache_hits.values()) + sum(stats.cache_misses.values()) == 1
+    assert (
+        any(cpu_counted._transform.stats.cache_path.glob("cpu_counted._transform*.nbi"))
+        if hasattr(stats.cache_path, "glob")
+        else stats.cache_path
+    )
+
+
+def test_threads_change_nothing() -> None:
+    before = rows_of(24, 40_000)
+    params = RowParams.of(MIXED * 6)
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2, 5):
+            torch.set_num_threads(count)
+            results.append(CountedTransform(40_000)(before.clone(), params))
+    finally:
+        torch.set_num_threads(threads)
+    for result in results[1:]:
+        for one, other in zip(result, results[0], strict=True):
+            assert torch.equal(one.nan_to_num(-1), other.nan_to_num(-1))
+
+
+@pytest.mark.parametrize("share", [0.0, 1 / MANY - 0.01, 1 / MANY + 0.01, 0.5])
+@pytest.mark.parametrize("params", [p for p in MIXED if p])
+def test_values_off_the_grid(share: float, params: Params) -> None:
+    """Around the share beyond which a row is no longer counted; the next row finds the count empty."""
+    vocab = 2 * FEW
+    before = rows_of(2, vocab)
+    before[0, torch.randperm(vocab, generator=torch.Generator().manual_seed(3))[: int(share * vocab)]] /= 1.1
+    engine = CountedTransform(vocab)
+    after = engine(before.clone(), RowParams.of([params] * 2)).logits
+    for row in range(2):
+        z, _ = expected(before[row], params)
+        assert total_variation(after[row].double().numpy(), z) < 1e-5
+    assert not engine.workspaces[0].counts.any()
+
+
+def test_equal_logits_stay_equal() -> None:
+    before = rows_of(1, 50_000)
+    after = CountedTransform(50_000)(before.clone(), RowParams.of([EMInfParams(threshold=0.0)])).logits
+    values, where = before[0].unique(return_inverse=True)
+    assert len(values) < 5000
+    first = torch.full((len(values),), torch.nan).scatter(0, where, after[0])
+    assert torch.equal(first[where], after[0])
+
+
+def test_all_work_is_done_once() -> None:
+    done: list[int] = []
+    lock = threading.Lock()
+
+    def note(number: int) -> None:
+        with lock:
+            done.append(number)
+
+    openmp.run(lambda number=number: note(number) for number in range(9))  # type: ignore[misc]
+    assert sorted(done) == list(range(9))
+
+
+def test_an_error_in_a_thread_is_raised() -> None:
+    with pytest.raises(ZeroDivisionError):
+        openmp.run([lambda: 1, lambda: 1 / 0, lambda: 1])
