@@ -33,7 +33,7 @@ test: install ## run pytest; ARGS="-m 'not engine'" leaves out the tests that st
 bench: install ## measure the transform, into build/bench (minutes); ARGS="--quick", or "--rows 16 --arms ours,eager"
 	.venv/bin/python -m benchmarks.transform --out build/bench $(ARGS)
 
-bench-serving: install ## output tokens/s of the server, plugin on, off and hidden; MODEL=demo, vocab151k or 7b (CUDA), ARGS=--quick
+bench-serving: install ## output tokens/s of the server, plugin on, off and hidden; MODEL=demo, vocab151k, 0.5b or 7b (CUDA), ARGS=--quick
 	.venv/bin/python -m benchmarks.serving $(if $(MODEL),--model $(MODEL)) $(ARGS)
 
 check: install ## check formatting and lint with ruff, types with mypy

@@ -30,6 +30,16 @@ SIZES: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 2,
         "tie_word_embeddings": True,
     },
+    # Qwen2.5-0.5B, the smallest model in use with this vocabulary.
+    "0.5b": {
+        "vocab_size": 151_936,
+        "hidden_size": 896,
+        "intermediate_size": 4864,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 14,
+        "num_key_value_heads": 2,
+        "tie_word_embeddings": True,
+    },
     # Qwen2.5-7B.
     "7b": {
         "vocab_size": 152_064,

@@ -52,6 +52,7 @@ MODELS = {
     "demo": Setting((1, 16, 64), 0.95),
     # A request with a seed ends vLLM 0.32 on the CPU where prompts are prefilled in chunks (docs/findings/upstream.md).
     "vocab151k": Setting((1, 16, 64), 0.95, ("--enforce-eager", "--no-enable-chunked-prefill")),
+    "0.5b": Setting((1, 16, 64), 0.95, ("--enforce-eager", "--no-enable-chunked-prefill")),
     "7b": Setting((64,), 0.98, ("--gpu-memory-utilization", "0.4")),  # two servers share the device
 }
 DUMMY_FLAGS = ("--load-format", "dummy", "--skip-tokenizer-init", "--max-model-len", "1024")
