@@ -272,30 +272,28 @@ def _descend(work: Floats, n: int, params: Floats) -> tuple[float, int]:
         work[0, :n], work[1, :n], work[2, :n], work[3, :n], work[4, :n], work[5, :n], work[6, :n],
     )  # fmt: skip
     threshold, steps, rate, kl = params[THRESHOLD], params[STEPS], params[RATE], params[KL]
-    # e is exp(x - origin). The origin follows the log of the total, so that the total stays near 1; a step moves no
-    # value by so much that e could overflow.
-    origin, taken = 0.0, 0
-    total, mean = _begin(x, w, moved, e, m, v)
+    # e is exp(x - top), where top is what has become of the peak. It is one of the values, so that c is exactly 0 where
+    # they are all the same; a step moves none so far above it that e could overflow.
+    top, taken, peak = F(0), 0, 0
+    while x[peak] < 0:
+        peak += 1
+    total, mean = _exponentials(x, w, e, top)
     h = math.log(total) - mean
+    moved[:] = x
+    m[:] = F(0)
+    v[:] = F(0)
     for k in range(n):
         p0[k] = e[k] * F(1 / total)
     while taken < steps and h >= threshold:
         taken += 1
-        share, center = F(1 / total), F(origin + mean)
-        origin += math.log(total)
-        decay1, decay2 = 1 - BETA1**taken, 1 - BETA2**taken
-        scale, bias = F(rate / decay1), F(1 / math.sqrt(decay2))
-        total, mean = 0.0, 0.0
-        for start in range(0, n, BLOCK):
-            block = slice(start, start + BLOCK)
-            if params[ADAM]:
-                _adam(x[block], e[block], m[block], v[block], p0[block], share, center, kl, scale, bias)
-            else:
-                _plain(x[block], e[block], p0[block], share, center, kl, rate)
-            s, sx = _exponentials(x[block], w[block], e[block], F(origin))
-            total += s
-            mean += sx
-        mean /= total
+        share, center = F(1 / total), F(top + mean)
+        if params[ADAM]:
+            scale, bias = F(rate / (1 - BETA1**taken)), F(1 / math.sqrt(1 - BETA2**taken))
+            _adam(x, e, m, v, p0, share, center, kl, scale, bias)
+        else:
+            _plain(x, e, p0, share, center, kl, rate)
+        top = x[peak]
+        total, mean = _exponentials(x, w, e, top)
         h = max(math.log(total) - mean, 0.0)
     for k in range(n):
         moved[k] = x[k] - moved[k]
@@ -303,31 +301,21 @@ def _descend(work: Floats, n: int, params: Floats) -> tuple[float, int]:
 
 
 @compiled()
-def _begin(x: Floats, w: Floats, moved: Floats, e: Floats, m: Floats, v: Floats) -> tuple[float, float]:
-    """Where the steps start from: (sum of e = exp(x), weighted by w; mean of x under p)."""
-    moved[:] = x
-    m[:] = F(0)
-    v[:] = F(0)
+def _exponentials(x: Floats, w: Floats, e: Floats, top: Any) -> tuple[float, float]:
+    """e = exp(x - top): (their sum, weighted by w; the mean of x - top under p)."""
     total, mean = 0.0, 0.0
     for start in range(0, len(x), BLOCK):
-        block = slice(start, start + BLOCK)
-        s, sx = _exponentials(x[block], w[block], e[block], F(0))
+        xs, ws, es = x[start : start + BLOCK], w[start : start + BLOCK], e[start : start + BLOCK]
+        s, sx = F(0), F(0)
+        for k in range(len(xs)):
+            below = max(xs[k] - top, SMALLEST)
+            es[k] = exp32(below)
+            weight = es[k] * ws[k]
+            s += weight
+            sx += weight * below
         total += s
         mean += sx
     return total, mean / total
-
-
-@compiled()
-def _exponentials(x: Floats, w: Floats, e: Floats, origin: Any) -> tuple[Any, Any]:
-    """e = exp(x - origin) of one block: (their sum, weighted by w; the same of e (x - origin))."""
-    s, sx = F(0), F(0)
-    for k in range(len(x)):
-        below = max(x[k] - origin, SMALLEST)
-        e[k] = exp32(below)
-        weight = e[k] * w[k]
-        s += weight
-        sx += weight * below
-    return s, sx
 
 
 @compiled()

@@ -20,7 +20,8 @@ from server.cli import FILTERED_GROUPS
 
 ROOT = Path(surface.__file__).parent.parent
 IMPORTING = {surface.PLUGIN, surface.V1, surface.V2, surface.CLI, surface.ENDPOINTS, surface.ENGINE}
-PACKAGES = sorted(init.parent.name for init in ROOT.glob("*/__init__.py") if init.parent.name != "tests")
+NOT_SHIPPED = ("tests", "benchmarks")
+PACKAGES = sorted(init.parent.name for init in ROOT.glob("*/__init__.py") if init.parent.name not in NOT_SHIPPED)
 
 
 @pytest.fixture(scope="module")
