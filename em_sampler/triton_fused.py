@@ -37,7 +37,6 @@ CROWD = C(8)  # fewer logits in a cell are taken to be equal
 ABOVE = C(0.01)  # cells higher than this above the highest logit are empty: they must not run away
 STEEPEST = C(1e4)  # nor may a slope
 STEEP = C(0.01)  # a cell over which the tangent changes a logit by more is not trusted with it
-
 MOST_SPREAD = C(0.1)  # variance within a cell beyond which its second order says nothing
 
 TEMPERATURE_TOLERANCE = C(1e-6)
@@ -58,9 +57,7 @@ class FusedTransform:
 
         self.partials = floats(self.splits, PARTIAL.value)
         self.counts = torch.zeros(max_rows, CELLS.value, dtype=torch.int64, device=device)  # empty between calls
-        self.tangents = torch.empty_like(
-            self.counts
-        )  # two float32 in each: the move at x = 0, and by how much x changes it
+        self.tangents = torch.empty_like(self.counts)  # two float32 each: the move at x = 0, and what x adds to it
         self.history = floats(HISTORY.value, 3)
         self.before, self.after = floats(), floats()
         self.steps = torch.empty(max_rows, dtype=torch.int32, device=device)
