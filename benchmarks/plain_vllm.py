@@ -7,6 +7,8 @@ import sys
 from importlib import metadata
 from typing import Any
 
+import torch
+
 _find = metadata.entry_points
 
 
@@ -15,6 +17,7 @@ def _without_ours(**wanted: Any) -> Any:
 
 
 metadata.entry_points = _without_ours
+torch.cpu._init_amx()  # as our plugin does: vLLM's attention on the CPU dies without (docs/findings/upstream.md)
 
 
 def main() -> None:

@@ -37,6 +37,15 @@ def requested(sampling_params: SamplingParams) -> Params | None:
     return params
 
 
+def _allow_amx() -> None:
+    """Linux lets no process use AMX's tiles that has not asked for them, and vLLM's attention on the CPU does not ask:
+    on a machine that has them, the first token ends the worker (docs/findings/upstream.md). Harmless elsewhere.
+    """
+    import torch
+
+    torch.cpu._init_amx()
+
+
 class EMInfLogitsProcessor(V1LogitsProcessor, V2LogitsProcessor):  # type: ignore[misc]  # the two bases differ by design
     """Passes for a processor of both interfaces and becomes the one that its caller wants.
 
@@ -47,6 +56,7 @@ class EMInfLogitsProcessor(V1LogitsProcessor, V2LogitsProcessor):  # type: ignor
     max_steps: ClassVar[int] = MAX_STEPS  # an operator's cap, set in the frontend: it holds on every route
 
     def __new__(cls, vllm_config: Any, *runner: Any) -> Any:
+        _allow_amx()
         if len(runner) == 2:
             from em_sampler.vllm_v1 import V1Processor
 
