@@ -6,6 +6,7 @@ from compat.sources import METADATA, Sources
 PLUGIN, V1, V2 = "em_sampler/plugin.py", "em_sampler/vllm_v1.py", "em_sampler/vllm_v2.py"
 CLI, ENDPOINTS, PROTOCOL = "server/cli.py", "server/plugin.py", "server/protocol.py"
 ENGINE, TRACING, REPLY = "server/engine.py", "server/tracing.py", "server/reply.py"
+RUN, BASE = "server/strategies/run.py", "server/strategies/base.py"
 
 CONFIG, SAMPLING, SERVE = "vllm/config/__init__.py", "vllm/sampling_params.py", "vllm/entrypoints/cli/serve.py"
 V1_LOADER, V1_INTERFACE = (f"vllm/v1/sample/logits_processor/{name}.py" for name in ("__init__", "interface"))
@@ -168,6 +169,14 @@ SURFACE: dict[tuple[str, str], dict[Check, str]] = {
         signature(f"{path}(request, raw_request)"): "the handler, found by the route's path and wrapped"
         for path in (CHAT, COMPLETIONS, RESPONSES)
     },
+    (ENDPOINTS, "vllm/entrypoints/openai/chat_completion/serving.py"): {
+        signature("OpenAIServingChat.render_chat_request(self, request)"): "refinement's next prompt",
+        contains(
+            "OpenAIServingChat._create_chat_completion",
+            "conversation, engine_inputs = result",
+            "raw_request.state.request_metadata = request_metadata",
+        ): "what it returns; where the id of a stream's chunks is",
+    },
     (ENDPOINTS, "vllm/engine/protocol.py"): {
         has("EngineClient.vllm_config", "model_config", "speculative_config", "use_v2_model_runner"): "can em_inf work",
     },
@@ -187,9 +196,23 @@ SURFACE: dict[tuple[str, str], dict[Check, str]] = {
             "generate",
         ): "how every route reaches the engine: wrapped",
         signature("EngineClient.is_tracing_enabled(self)"): "whether requests have spans",
+        signature("EngineClient.abort(self, request_id)"): "ends a branch",
+    },
+    (ENGINE, "vllm/config/model.py"): {has("ModelConfig", "max_logprobs"): "a server's limit"},
+    (ENGINE, "vllm/exceptions.py"): {
+        signature("VLLMValidationError.__init__(self, message, *, parameter=None, value=None)"): "HTTP 400",
+        signature("GenerationError.__init__(self, message='Internal server error')"): "HTTP 500",
+    },
+    (ENGINE, "vllm/v1/engine/output_processor.py"): {
+        contains(
+            "OutputProcessor.abort_requests",
+            "self.external_req_ids.pop(request_id, [])",
+            "finish_reason=FinishReason.ABORT",
+        ): "a branch is aborted by the id we gave it; its last output comes then",
     },
     (ENGINE, SAMPLING): {
         has("SamplingParams", "extra_args", "n", "output_kind"): "the way to the worker; samples; how to count tokens",
+        has("SamplingParams", "seed", "logprobs"): "what branches differ in; what votes are weighed by",
         has("RequestOutputKind", "DELTA"): "outputs are new tokens, otherwise all so far",
     },
     (ENGINE, "vllm/outputs.py"): {
@@ -197,7 +220,21 @@ SURFACE: dict[tuple[str, str], dict[Check, str]] = {
             "RequestOutput.__init__", "self.outputs = outputs", "self.finished = finished"
         ): "what `generate` yields",
         has("CompletionOutput", "index", "token_ids"): "which sample, which tokens",
+        signature("RequestOutput.add(self, next_output, aggregate)"): "deltas made one",
     },
+    (RUN, "vllm/outputs.py"): {
+        has(
+            "CompletionOutput", "text", "token_ids", "cumulative_logprob", "logprobs", "finish_reason"
+        ): "a branch so far",
+        contains(
+            "RequestOutput.__init__",
+            "self.prompt_token_ids = prompt_token_ids",
+            "self.finished = finished",
+            "self.num_cached_tokens = num_cached_tokens",
+        ): "what it cost",
+    },
+    (RUN, "vllm/logprobs.py"): {has("Logprob", "logprob", "rank"): "a token's confidence"},
+    (BASE, SAMPLING): {value("_SAMPLING_EPS", "1e-05"): "the temperature from which on requests are sampled"},
     (ENGINE, "vllm/v1/engine/parallel_sampling.py"): {
         signature("ParentRequest.get_child_info(self, index)"): "wrapped: samples of a request are told apart",
         contains("ParentRequest._get_child_sampling_params", "copy(self.sampling_params)"): "they share extra_args",
@@ -224,6 +261,7 @@ SURFACE: dict[tuple[str, str], dict[Check, str]] = {
     # The request models, which we know by their fields alone.
     (PROTOCOL, ROUTES): {
         has(f"{CHAT}.request", "vllm_xargs", "use_beam_search"): "where settings go; what they conflict with",
+        has(f"{CHAT}.request", "n", "tools", "tool_choice"): "what strategies conflict with",
         has(f"{COMPLETIONS}.request", "vllm_xargs", "use_beam_search"): "the same",
         has(f"{RESPONSES}.request", "vllm_xargs"): "the same; it has no beam search",
         contains(f"{CHAT}.request.to_sampling_params", XARGS, "extra_args=extra_args or None"): "settings reach us",

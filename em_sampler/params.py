@@ -4,7 +4,7 @@ Knows nothing of tensors, vLLM or HTTP. Symbols and defaults: arXiv 2505.15134, 
 """
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -19,6 +19,7 @@ MAX_KL_WEIGHT = 10.0
 MIN_TEMPERATURE = 1e-3
 MAX_TEMPERATURE = 10.0
 
+AnyModel = TypeVar("AnyModel", bound=BaseModel)
 Temperature = Annotated[float, Field(ge=MIN_TEMPERATURE, le=MAX_TEMPERATURE, allow_inf_nan=False)]
 
 
@@ -114,7 +115,7 @@ def parse(value: object, default: Params | None = None) -> Params | None:
     if isinstance(value, Params):
         return value
     if not isinstance(value, Mapping):
-        raise ParamsError(EXTRA_ARGS_KEY, f"got {_shown(value)}; must be an object, true or false")
+        raise ParamsError(EXTRA_ARGS_KEY, f"got {shown(value)}; must be an object, true or false")
     return _from_mapping(value)
 
 
@@ -164,35 +165,56 @@ def _from_mapping(settings: Mapping[str, Any]) -> Params:
     model = METHODS.get(method) if isinstance(method, str) else None
     if model is None:
         allowed = ", ".join(METHODS)
-        raise ParamsError(f"{EXTRA_ARGS_KEY}.method", f"got {_shown(method)}; must be one of {allowed}")
+        raise ParamsError(f"{EXTRA_ARGS_KEY}.method", f"got {shown(method)}; must be one of {allowed}")
+    return validated(model, settings, EXTRA_ARGS_KEY)
+
+
+def validated(model: type[AnyModel], settings: Mapping[str, Any], path: str) -> AnyModel:
+    """`settings` as the model has them.
+
+    Raises:
+        ParamsError: for the first that cannot be used; its field begins with `path`.
+    """
     try:
         return model.model_validate(dict(settings))
     except ValidationError as error:
-        raise _explained(model, error) from None
+        raise _explained(model, error, path) from None
 
 
-def _explained(model: type[BaseModel], error: ValidationError) -> ParamsError:
+def _explained(model: type[BaseModel], error: ValidationError, path: str) -> ParamsError:
     first = error.errors(include_url=False)[0]
-    if not first["loc"]:  # a rule over several fields
-        return ParamsError(EXTRA_ARGS_KEY, str(first["ctx"]["error"]))
-    name = str(first["loc"][0])
-    field = f"{EXTRA_ARGS_KEY}.{name[:40]}"
+    *parents, name = first["loc"] or (None,)
+    for parent in parents:
+        inner = model.model_fields[str(parent)].annotation
+        assert isinstance(inner, type) and issubclass(inner, BaseModel)  # our models nest in no other way
+        model, path = inner, f"{path}.{parent}"
+    if first["type"] == "value_error":  # a rule over several fields
+        return ParamsError(f"{path}.{name}" if name else path, str(first["ctx"]["error"]))
+    field = f"{path}.{str(name)[:40]}"
     if name not in model.model_fields:
         return ParamsError(field, f"unknown field; known fields are {', '.join(model.model_fields)}")
-    return ParamsError(field, f"got {_shown(first['input'])}; must be {allowed_values(model, name)}")
+    return ParamsError(field, f"got {shown(first['input'])}; must be {allowed_values(model, str(name))}")
 
 
 def allowed_values(model: type[BaseModel], name: str) -> str:
     """What the field `name` may hold, in words: `a number from 0 up to 20`."""
     schema = model.model_json_schema()["properties"][name]
+    schema = {**schema, **schema.get("anyOf", [{}])[0]}  # the other is null
     if "enum" in schema:
         return "one of " + ", ".join(schema["enum"])
+    if "const" in schema or "type" not in schema:
+        return str(schema.get("const", "an object"))
+    if schema["type"] in ("boolean", "string"):
+        length = f" of at most {schema['maxLength']} characters" if "maxLength" in schema else ""
+        return {"boolean": "true or false", "string": "text"}[schema["type"]] + length
     kind = "an integer" if schema["type"] == "integer" else "a number"
     low = f"above {schema['exclusiveMinimum']:g}," if "exclusiveMinimum" in schema else f"from {schema['minimum']:g}"
-    return f"{kind} {low} up to {schema['maximum']:g}"
+    if "exclusiveMaximum" in schema:
+        return f"{kind} {low} below {schema['exclusiveMaximum']:g}"
+    return f"{kind} {low} up to {schema['maximum']:g}" if "maximum" in schema else f"{kind} {low} up"
 
 
-def _shown(value: object, limit: int = 60) -> str:
+def shown(value: object, limit: int = 60) -> str:
     """The value as the client wrote it, short enough for an error message."""
     if isinstance(value, Mapping | list | tuple):
         return f"{'an object' if isinstance(value, Mapping) else 'a list'} of {len(value)} items"

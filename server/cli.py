@@ -5,16 +5,20 @@ import json
 import os
 import shutil
 import sys
+from collections.abc import Callable
 from importlib import metadata
 
 import demo
 from em_sampler.params import MAX_STEPS, Params, ParamsError, capped, parse
 from em_sampler.supported import check_vllm_version
+from server.protocol import MAX_IN_FLIGHT, REFINEMENT_PROMPT
+from server.strategies.base import MAX_BRANCHES, MIN_BRANCHES
 
 # The plugin groups that VLLM_PLUGINS filters, besides the endpoint plugins: vllm/plugins/__init__.py.
 FILTERED_GROUPS = ("general", "platform", "io_processor", "stat_logger")
 HELP = """vLLM's OpenAI-compatible server with entropy minimisation (EM-INF) inside its sampler. Without MODEL it serves
-the demo model. Flags are those of `vllm serve` and --help=em_inf; --help=all shows them all, --help=WORD finds some."""
+the demo model. Flags are those of `vllm serve`, --help=em_inf and --help=strategy; --help=all shows them all,
+--help=WORD finds some."""
 # A small model on any machine, so no compilation at start-up; no chunked prefill, in which vLLM 0.32's V1 runner on the
 # CPU dies when the request has a seed (docs/findings/upstream.md); and no free white space in JSON, where a model that
 # knows only sums would stay until it runs out of tokens. Flags given by the user come later and win.
@@ -22,6 +26,8 @@ DEMO_FLAGS = (
     *("--served-model-name", "demo", "--enforce-eager", "--no-enable-chunked-prefill"),
     *("--structured-outputs-config", '{"backend": "xgrammar", "disable_any_whitespace": true}'),
 )
+
+DEMO_OWN_FLAGS = ("--strategy-refinement-prompt", "Check your answer.")  # as it was taught (demo/conversations.py)
 
 
 def main() -> None:
@@ -50,13 +56,17 @@ def serve(argv: list[str]) -> None:
     _add_flags(serve_parser)
     args = parser.parse_args(["serve", *argv])
     if args.model_tag is None and args.model == serve_parser.get_default("model"):
-        args = parser.parse_args(["serve", str(demo.MODEL_PATH), *DEMO_FLAGS, *argv])
+        args = parser.parse_args(["serve", str(demo.MODEL_PATH), *DEMO_FLAGS, *DEMO_OWN_FLAGS, *argv])
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB; vLLM would take nearly all of the machine's memory
         if shutil.which("g++") is None:  # vLLM compiles what it needs for logprobs, eager or not, and dies without one
             os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     if getattr(args, "grpc", False):
         serve_parser.error("argument --grpc: requests would be answered without this server's routes")
     args.em_inf_default = _default(serve_parser, args)
+    if args.strategy_max_branches > args.strategy_max_in_flight:
+        serve_parser.error(
+            "argument --strategy-max-branches: above --strategy-max-in-flight, so it could not be served"
+        )
     command.validate(args)
     with sockets_folder() as os.environ[FOLDER_VARIABLE]:
         command.cmd(args)
@@ -77,6 +87,36 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help=f"Most gradient steps per token that a request may ask for, 0 to {MAX_STEPS}.",
     )
+    group = parser.add_argument_group("strategy", "Several samples or rounds for one chat completion.")
+    group.add_argument(
+        "--strategy-max-branches",
+        type=_at_least(MIN_BRANCHES),
+        default=MAX_BRANCHES,
+        metavar="N",
+        help=f"Most samples or rounds that one request may ask for, at least {MIN_BRANCHES}.",
+    )
+    group.add_argument(
+        "--strategy-max-in-flight",
+        type=_at_least(1),
+        default=MAX_IN_FLIGHT,
+        metavar="N",
+        help="Most samples of all requests at a time, in each API server; a request above it is answered with 429.",
+    )
+    group.add_argument(
+        "--strategy-refinement-prompt",
+        default=REFINEMENT_PROMPT,
+        metavar="TEXT",
+        help="What refinement says to the model after its reply.",
+    )
+
+
+def _at_least(least: int) -> Callable[[str], int]:
+    def number(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"got {text!r}; must be an integer from {least} up")
+        return int(text)
+
+    return number
 
 
 def _default(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Params | None:

@@ -1,8 +1,9 @@
-"""Statistics around vLLM's engine client: each request goes in with a return address, and its tokens are counted.
+"""Around vLLM's engine client: each request's tokens are counted, and a strategy makes several requests of one.
 
-All routes reach the engine by `EngineClient.generate`; it is wrapped once, here.
+All routes reach the engine by `EngineClient.generate`; it is wrapped here, once for each.
 """
 
+import functools
 import os
 from collections.abc import AsyncIterator
 from contextvars import ContextVar
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm.engine.protocol import EngineClient
+from vllm.exceptions import GenerationError, VLLMValidationError
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.v1.engine.parallel_sampling import ParentRequest
 
@@ -19,12 +21,15 @@ from em_sampler.plugin import requested
 from em_sampler.telemetry import FOLDER_VARIABLE
 from server.metrics import Metrics
 from server.stats import GRACE, LATE, Statistics, Tally
+from server.strategies.run import Run
 
 if TYPE_CHECKING:
     from server.tracing import Tracing  # only where vLLM traces
 
 # The engine requests made for the HTTP request at hand, in order; None on a route that cannot return statistics.
 tallies: ContextVar[list[Tally] | None] = ContextVar("em_inf_tallies", default=None)
+# The strategy of the HTTP request at hand.
+running: ContextVar[Run | None] = ContextVar("em_inf_running", default=None)
 
 
 async def watch(engine_client: EngineClient, metrics: Metrics) -> None:
@@ -70,6 +75,74 @@ def _wrap_generate(engine_client: EngineClient, statistics: Statistics, tracing:
         return _counted(outputs, sampling_params, statistics, tally, GRACE if waited_for else LATE)
 
     engine_client.generate = observed  # type: ignore[method-assign, assignment]
+
+
+class BranchesOf:
+    """The engine request that vLLM made of an HTTP request, and its copies (`server.strategies.run.Origin`)."""
+
+    def __init__(
+        self, client: Any, generate: Any, prompt: Any, sampling_params: SamplingParams, request_id: str
+    ) -> None:
+        """`client`: vLLM's AsyncLLM. `generate`: its own, the options of the request bound."""
+        self.client = client
+        self.generate = generate
+        self.prompt = prompt
+        self.sampling_params = sampling_params
+        self.request_id = request_id
+        self.max_logprobs: int = client.model_config.max_logprobs
+
+    def branch(
+        self, number: int, prompt: Any | None, logprobs: int, every_token: bool
+    ) -> tuple[str, bool, AsyncIterator[Any], list[Tally]]:
+        """See the protocol."""
+        params = copy(self.sampling_params)
+        if params.seed is not None:
+            params.seed = (params.seed + number + 2**63) % 2**64 - 2**63  # within int64, as requests are
+        if params.logprobs != -1:
+            params.logprobs = max(params.logprobs or 0, logprobs)  # 0: of the sampled token
+        if every_token:
+            params.output_kind = RequestOutputKind.DELTA
+        request_id, own = f"{self.request_id}-{number}", list[Tally]()
+        token = tallies.set(own)
+        try:
+            outputs = self.generate(self.prompt if prompt is None else prompt, params, request_id)
+        finally:
+            tallies.reset(token)
+        return request_id, params.output_kind == RequestOutputKind.DELTA, outputs, own
+
+    async def abort(self, request_id: str) -> None:
+        """See the protocol."""
+        await self.client.abort(request_id)
+
+    def failure(self, message: str) -> Exception:
+        """See the protocol: HTTP 500, or an error in the stream."""
+        return GenerationError(message)
+
+    def replayed(self, outputs: list[Any]) -> list[Any]:
+        """See the protocol: one after another in a stream, otherwise as one."""
+        if self.sampling_params.output_kind == RequestOutputKind.DELTA:
+            return outputs
+        first, *others = outputs
+        for other in others:
+            first.add(other, aggregate=True)
+        return [first]
+
+
+def multiply(engine_client: EngineClient) -> None:
+    """Let the strategy of an HTTP request, if it has one, answer for its engine request."""
+    generate = engine_client.generate
+
+    def multiplied(prompt: Any, sampling_params: SamplingParams, request_id: str, **options: Any) -> AsyncIterator[Any]:
+        run = running.get()
+        if run is None:
+            return generate(prompt, sampling_params, request_id, **options)
+        bound = functools.partial(generate, **options)
+        try:
+            return run.outputs(BranchesOf(engine_client, bound, prompt, sampling_params, request_id))
+        except ParamsError as error:
+            raise VLLMValidationError(str(error), parameter=error.field) from None
+
+    engine_client.generate = multiplied  # type: ignore[method-assign, assignment]
 
 
 def _observable(sampling_params: SamplingParams) -> Params | None:

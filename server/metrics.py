@@ -27,6 +27,18 @@ ABOUT = {
     "records_dropped": "Statistics given up on the way from a worker to this server, so that sampling need not wait.",
     "transform_seconds": "Seconds that the workers spent in the transform, measuring included; on a GPU by its clock.",
 }
+STRATEGY_ABOUT = {
+    "branches_started": "Engine requests that strategies have made.",
+    "branches_completed": "Those that came to an end of their own.",
+    "branches_cancelled": "Those that were ended before: by early stop, by a strategy's judgement of them, or because "
+    "the client went away.",
+    "branches_failed": "Those that the engine gave up.",
+    "branches_running": "Those in the engine now.",
+    "agreement": "Share of the (weighted) votes that the winning answer had, for each request whose strategy votes.",
+    "tokens_saved": "Tokens not generated because branches were cancelled: for each, how much it was shorter than the "
+    "mean of those completed. An estimate.",
+}
+AGREEMENT_BUCKETS = tuple(share / 10 for share in range(1, 11))
 UNKNOWN = "unknown"  # the method of a request whose settings are refused
 OUTCOMES = ("completed", "rejected", "failed", "aborted")
 
@@ -104,3 +116,51 @@ class Metrics:
         """A worker spent so long in the transform, and lost so many records, since it last said so."""
         self.seconds.labels(self.model).inc(seconds)
         self.dropped.labels(self.model).inc(dropped)
+
+
+class StrategyMetrics:
+    """What strategies do, for one model: `em_inf_strategy_*`."""
+
+    def __init__(self, model: str, strategies: Sequence[str], registry: CollectorRegistry = REGISTRY) -> None:
+        self.model = model
+        labels = ("model", "strategy")
+
+        def counter(name: str) -> Counter:
+            return Counter(f"em_inf_strategy_{name}", STRATEGY_ABOUT[name], labels, registry=registry)
+
+        self.counters = {
+            name: counter(name) for name in STRATEGY_ABOUT if name not in ("branches_running", "agreement")
+        }
+        self.running = Gauge(
+            "em_inf_strategy_branches_running",
+            STRATEGY_ABOUT["branches_running"],
+            labels,
+            registry=registry,
+            multiprocess_mode="livesum",
+        )
+        self.agreement = Histogram(
+            "em_inf_strategy_agreement",
+            STRATEGY_ABOUT["agreement"],
+            labels,
+            registry=registry,
+            buckets=AGREEMENT_BUCKETS,
+        )
+        for strategy in strategies:
+            for metric in (*self.counters.values(), self.running, self.agreement):
+                metric.labels(model, strategy)
+
+    def started(self, strategy: str) -> None:
+        """A branch went to the engine."""
+        self.counters["branches_started"].labels(self.model, strategy).inc()
+        self.running.labels(self.model, strategy).inc()
+
+    def ended(self, strategy: str, state: str) -> None:
+        """It is completed, cancelled or failed."""
+        self.counters[f"branches_{state}"].labels(self.model, strategy).inc()
+        self.running.labels(self.model, strategy).dec()
+
+    def decided(self, strategy: str, agreement: float | None, tokens_saved: float) -> None:
+        """A request has its reply."""
+        self.counters["tokens_saved"].labels(self.model, strategy).inc(tokens_saved)
+        if agreement is not None:
+            self.agreement.labels(self.model, strategy).observe(agreement)

@@ -5,6 +5,7 @@ Core routes are rebuilt around vLLM's own handlers, never copied. Contract: vllm
 
 import functools
 import inspect
+import time
 from argparse import Namespace
 from asyncio import CancelledError
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
@@ -15,19 +16,24 @@ from typing import Any, get_type_hints
 from fastapi import Depends, FastAPI, Request
 from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
-from starlette.responses import Response
+from starlette.responses import JSONResponse, Response
 from vllm.engine.protocol import EngineClient
 from vllm.exceptions import VLLMClientError, VLLMValidationError
 
-from em_sampler.params import EXTRA_ARGS_KEY, MAX_STEPS, ParamsError
+from em_sampler.params import EXTRA_ARGS_KEY, MAX_STEPS, Params, ParamsError
 from em_sampler.plugin import EMInfLogitsProcessor
 from em_sampler.supported import installed_vllm
-from server.engine import tallies, watch
-from server.metrics import UNKNOWN, Metrics
-from server.protocol import Settings, apply_em_inf, with_em_inf
+from server.engine import multiply, running, tallies, watch
+from server.metrics import UNKNOWN, Metrics, StrategyMetrics
+from server.protocol import MAX_IN_FLIGHT, REFINEMENT_PROMPT, Settings, apply_em_inf, chosen_strategy, with_our_fields
 from server.reply import Outcome, ReplyStatistics, with_statistics
+from server.strategies import STRATEGIES, STRATEGY_KEY
+from server.strategies.base import MAX_BRANCHES
+from server.strategies.run import Places, Run, TooManyBranchesError
 
+RETRY_AFTER = "1"  # second, for who finds no place
 SAMPLING_ROUTES = ("/v1/chat/completions", "/v1/completions", "/v1/responses")
+CHAT = SAMPLING_ROUTES[0]  # the one with strategies
 
 
 class Route(APIRoute):
@@ -50,7 +56,7 @@ class Route(APIRoute):
 
 
 class EMInfEndpoints:
-    """The endpoint plugin: `em_inf` on the sampling routes, a clear refusal on the others, and `GET /v1/em_inf`."""
+    """The endpoint plugin: our fields on the sampling routes, a clear refusal on the others, and `GET /v1/em_inf`."""
 
     name = "em_inf"
     required_tasks = None  # pooling models too: their requests are told that em_inf cannot work
@@ -64,10 +70,10 @@ class EMInfEndpoints:
             if not isinstance(route, APIRoute) or "POST" not in route.methods:
                 continue
             if route.path in SAMPLING_ROUTES:
-                app.router.routes[position] = _rebuilt(route, endpoint=_accepting_em_inf(route.endpoint))
+                app.router.routes[position] = _rebuilt(route, endpoint=_ours(route.endpoint, route.path == CHAT))
                 self.rebuilt.append(route.path)
             else:
-                app.router.routes[position] = _rebuilt(route, dependencies=[Depends(refuse_em_inf)])
+                app.router.routes[position] = _rebuilt(route, dependencies=[Depends(refuse_our_fields)])
         app.get("/v1/em_inf")(describe)
 
     async def init_state(self, engine_client: EngineClient | None, state: Any, args: Namespace) -> None:
@@ -84,13 +90,20 @@ class EMInfEndpoints:
         state.em_inf = settings = Settings(
             default=default,
             max_steps=getattr(args, "em_inf_max_steps", MAX_STEPS),
+            max_branches=getattr(args, "strategy_max_branches", MAX_BRANCHES),
+            refinement_prompt=getattr(args, "strategy_refinement_prompt", REFINEMENT_PROMPT),
             unavailable=unavailable,
             versions={"em-inf-server": metadata.version("em-inf-server"), "vllm": installed_vllm() or ""},
         )
         EMInfLogitsProcessor.max_steps = settings.max_steps
-        state.em_inf_metrics = metrics = Metrics((args.served_model_name or [args.model])[0])
-        if engine_client is not None and not unavailable:
-            await watch(engine_client, metrics)
+        model = (args.served_model_name or [args.model])[0]
+        state.em_inf_metrics = metrics = Metrics(model)
+        state.strategy_metrics = StrategyMetrics(model, list(STRATEGIES))
+        state.strategy_places = Places(getattr(args, "strategy_max_in_flight", MAX_IN_FLIGHT))
+        if engine_client is not None:
+            if not unavailable:
+                await watch(engine_client, metrics)
+            multiply(engine_client)
 
 
 async def describe(raw_request: Request) -> dict[str, Any]:
@@ -99,11 +112,11 @@ async def describe(raw_request: Request) -> dict[str, Any]:
     return settings.describe()
 
 
-async def refuse_em_inf(raw_request: Request) -> None:
-    """400 for `em_inf` where it would be ignored in silence.
+async def refuse_our_fields(raw_request: Request) -> None:
+    """400 for `em_inf` or `strategy` where it would be ignored in silence.
 
     Raises:
-        VLLMValidationError: where the body has an `em_inf` field.
+        VLLMValidationError: where the body has such a field.
     """
     if not raw_request.headers.get("content-type", "").startswith("application/json"):
         return
@@ -111,11 +124,19 @@ async def refuse_em_inf(raw_request: Request) -> None:
         body = await raw_request.json()
     except (ValueError, RecursionError):
         return  # the route itself says what is wrong with it
-    if isinstance(body, dict) and body.get(EXTRA_ARGS_KEY) not in (None, False):
-        settings: Settings = raw_request.app.state.em_inf
+    if not isinstance(body, dict):
+        return
+    settings: Settings = raw_request.app.state.em_inf
+    if body.get(EXTRA_ARGS_KEY) not in (None, False):
         reason = settings.unavailable or f"use one of {', '.join(SAMPLING_ROUTES)}"
-        message = f"em_inf is not supported on {raw_request.url.path}: {reason}"
-        raise VLLMValidationError(message, parameter=f"body.{EXTRA_ARGS_KEY}")
+        raise _refused(raw_request, EXTRA_ARGS_KEY, reason)
+    if body.get(STRATEGY_KEY) is not None:
+        raise _refused(raw_request, STRATEGY_KEY, f"use {CHAT}")
+
+
+def _refused(raw_request: Request, field: str, reason: str) -> VLLMValidationError:
+    message = f"{field} is not supported on {raw_request.url.path}: {reason}"
+    return VLLMValidationError(message, parameter=f"body.{field}")
 
 
 def _unavailable(engine_client: EngineClient | None) -> str | None:
@@ -129,9 +150,9 @@ def _unavailable(engine_client: EngineClient | None) -> str | None:
     return None
 
 
-def _accepting_em_inf(endpoint: Callable[..., Any]) -> Callable[..., Any]:
-    """vLLM's handler `(request, raw_request)` with our field on its request model."""
-    model = with_em_inf(get_type_hints(endpoint)["request"])
+def _ours(endpoint: Callable[..., Any], is_chat: bool) -> Callable[..., Any]:
+    """vLLM's handler `(request, raw_request)` with our fields on its request model."""
+    model = with_our_fields(get_type_hints(endpoint)["request"], strategies=is_chat)
 
     @functools.wraps(endpoint)
     async def handler(request: Any, raw_request: Request) -> Any:
@@ -142,17 +163,64 @@ def _accepting_em_inf(endpoint: Callable[..., Any]) -> Callable[..., Any]:
         except ParamsError as error:
             metrics.request(UNKNOWN, "rejected")
             raise VLLMValidationError(str(error), parameter=error.field) from None
-        if params is None:
+        if not is_chat and getattr(request, STRATEGY_KEY, None) is not None:
+            raise _refused(raw_request, STRATEGY_KEY, f"use {CHAT}")
+        try:
+            run = _run(request, raw_request, params) if is_chat and request.strategy is not None else None
+        except TooManyBranchesError as error:
+            return _busy(error)
+        if params is None and run is None:
             return await endpoint(request, raw_request)
-        statistics = ReplyStatistics(params.stats, each_its_choice=raw_request.url.path.endswith("/v1/completions"))
+        statistics = ReplyStatistics(params.stats if params else "none", raw_request.url.path == "/v1/completions", run)
         tallies.set(statistics.tallies)
-        answer = endpoint(request, raw_request)
-        return await _observed(answer, statistics, functools.partial(metrics.request, params.method))
+        running.set(run)
+
+        def ended(outcome: str) -> None:
+            if params:
+                metrics.request(params.method, outcome)
+            if run:
+                run.close()
+
+        return await _observed(endpoint(request, raw_request), statistics, ended)
 
     parameters = inspect.signature(endpoint).parameters
     typed = [parameters["request"].replace(annotation=model), parameters["raw_request"].replace(annotation=Request)]
     handler.__signature__ = inspect.Signature(typed)  # type: ignore[attr-defined]
     return handler
+
+
+def _run(request: Any, raw_request: Request, params: Params | None) -> Run | None:
+    """The request's strategy, its places taken."""
+    state = raw_request.app.state
+    try:
+        strategy = chosen_strategy(request, params, state.em_inf)
+    except ParamsError as error:
+        raise VLLMValidationError(str(error), parameter=error.field) from None
+    if strategy is None:
+        return None
+
+    async def render(reply: str) -> Any | None:
+        turns = [{"role": "assistant", "content": reply}, {"role": "user", "content": state.em_inf.refinement_prompt}]
+        fields = {"messages": [*request.messages, *turns], "add_generation_prompt": True}
+        again = request.model_copy(update=fields | {"continue_final_message": False})
+        try:
+            rendered = await state.openai_serving_chat.render_chat_request(again)
+        except VLLMClientError:
+            return None  # longer than the context
+        return rendered[1][0] if isinstance(rendered, tuple) else None
+
+    def head() -> dict[str, Any]:
+        identity = raw_request.state.request_metadata.request_id  # vLLM's, made by the time there is a stream
+        model = request.model or state.em_inf_metrics.model
+        return {"id": identity, "object": "chat.completion.chunk", "created": int(time.time()), "model": model}
+
+    return Run(strategy, state.strategy_places, state.strategy_metrics, render, head)
+
+
+def _busy(error: TooManyBranchesError) -> Response:
+    kind = HTTPStatus.TOO_MANY_REQUESTS
+    content = {"message": str(error), "type": kind.phrase, "param": f"body.{STRATEGY_KEY}", "code": kind.value}
+    return JSONResponse({"error": content}, kind.value, headers={"Retry-After": RETRY_AFTER})
 
 
 async def _observed(answer: Awaitable[Any], statistics: ReplyStatistics, outcome: Outcome) -> Any:

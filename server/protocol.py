@@ -1,4 +1,4 @@
-"""The `em_inf` field on vLLM's request models, and what a request makes of it. Contract: docs/http.md.
+"""The fields `em_inf` and `strategy` of vLLM's request models, and what a request makes of them: docs/http.md.
 
 Knows request fields and settings; routes are in plugin.py.
 """
@@ -19,10 +19,20 @@ from em_sampler.params import (
     capped,
     from_extra_args,
     parse,
+    shown,
 )
+from server.strategies import STRATEGY_KEY, AnyStrategy, describe_strategies, parse_strategy
+from server.strategies.base import MAX_BRANCHES, Strategy
 
 # Validated by `parse`, whose errors name the field, the value and the range; the type is there for OpenAPI.
 EMInfField = SkipValidation[Params | bool | None]
+StrategyField = SkipValidation[AnyStrategy | None]  # the same: by `parse_strategy`
+STRATEGY_DESCRIPTION = "Test-time scaling for this request: several samples or rounds, of which one becomes the reply."
+MAX_IN_FLIGHT = 512  # branches of all requests together, where the operator says nothing else
+REFINEMENT_PROMPT = (
+    "Check your answer above step by step. Correct every mistake, improve what can be improved, and give the answer "
+    "again in full, in the same form."
+)
 DESCRIPTION = (
     "Entropy minimisation for this request: settings, true for the server's default, false for none. "
     "`GET /v1/em_inf` tells what this server supports."
@@ -35,6 +45,8 @@ class Settings:
 
     default: Params | None = None  # for requests that say nothing
     max_steps: int = MAX_STEPS
+    max_branches: int = MAX_BRANCHES  # of one request's strategy
+    refinement_prompt: str = REFINEMENT_PROMPT
     unavailable: str | None = None  # why no request can use em_inf here
     versions: Mapping[str, str] = field(default_factory=dict)
 
@@ -49,15 +61,17 @@ class Settings:
             "unavailable_because": self.unavailable,
             "methods": methods,
             "default": self.default and self.default.model_dump(),
+            "strategies": describe_strategies(self.max_branches),
             "versions": dict(self.versions),
         }
 
 
-def with_em_inf(model: type[BaseModel]) -> type[BaseModel]:
-    """vLLM's request model with the `em_inf` field added."""
-    return create_model(
-        f"EMInf{model.__name__}", __base__=model, em_inf=(EMInfField, Field(default=None, description=DESCRIPTION))
-    )
+def with_our_fields(model: type[BaseModel], strategies: bool) -> type[BaseModel]:
+    """vLLM's request model with the field `em_inf`, and `strategy` where `strategies` says so."""
+    fields: dict[str, Any] = {EXTRA_ARGS_KEY: (EMInfField, Field(default=None, description=DESCRIPTION))}
+    if strategies:
+        fields[STRATEGY_KEY] = (StrategyField, Field(default=None, description=STRATEGY_DESCRIPTION))
+    return create_model(f"EMInf{model.__name__}", __base__=model, **fields)
 
 
 def apply_em_inf(request: Any, settings: Settings) -> Params | None:
@@ -85,6 +99,30 @@ def apply_em_inf(request: Any, settings: Settings) -> Params | None:
         xargs[EXTRA_ARGS_KEY] = params.model_dump()
     request.vllm_xargs = xargs or None
     return params
+
+
+def chosen_strategy(request: Any, params: Params | None, settings: Settings) -> Strategy | None:
+    """The strategy of a chat request that uses em_inf with `params`.
+
+    Raises:
+        ParamsError: for settings that are wrong or cannot work with this request.
+    """
+    try:
+        strategy = parse_strategy(request.strategy, settings.max_branches)
+    except ParamsError as error:
+        raise ParamsError(f"body.{error.field}", error.problem) from None
+    if strategy is None:
+        return None
+    if (request.n or 1) > 1:
+        raise ParamsError("body.n", f"got {shown(request.n)}; a strategy makes its own samples and replies with one")
+    if request.use_beam_search:
+        raise ParamsError("body.use_beam_search", f"got true; cannot be combined with {strategy.type}")
+    if request.tools and request.tool_choice != "none":
+        raise ParamsError("body.tools", f"cannot be combined with {strategy.type}, which compares the text of replies")
+    if getattr(strategy, "weights", "equal") == "entropy" and (params is None or params.stats == "none"):
+        problem = "got 'entropy'; needs the request's own entropies: `em_inf` with `stats`"
+        raise ParamsError(f"body.{STRATEGY_KEY}.weights", problem)
+    return strategy
 
 
 def _resolve(value: object, flat: Mapping[str, Any], settings: Settings) -> Params | None:

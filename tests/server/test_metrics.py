@@ -17,7 +17,7 @@ from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.parser import text_string_to_metric_families
 
 from em_sampler.records import BUCKETS, HISTOGRAMS, TOTALS, VALUES, Array, add_tokens
-from server.metrics import OUTCOMES, BulkHistogram, Metrics
+from server.metrics import OUTCOMES, BulkHistogram, Metrics, StrategyMetrics
 
 METHODS = ("em_inf", "adaptive_temperature", "none")
 DOCUMENT = Path(__file__).parents[2] / "docs" / "metrics.md"
@@ -168,6 +168,7 @@ def exposed() -> list[tuple[str, ...]]:
     """The same of /metrics, in its order."""
     registry = CollectorRegistry()
     Metrics("m", registry)
+    StrategyMetrics("m", ["x"], registry)
     rows = []
     for family in text_string_to_metric_families(generate_latest(registry).decode()):
         if family.name.endswith("_created"):

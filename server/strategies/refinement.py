@@ -1,0 +1,48 @@
+"""Sequential refinement: the model is shown its answer and asked for a better one, round after round."""
+
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field
+
+from server.strategies.answers import Answer, spoken
+from server.strategies.base import MIN_BRANCHES, Strategy
+from server.strategies.run import Branch, Run
+
+
+class Refinement(Strategy):
+    """Up to `rounds` replies, each after the one before; stops when two in a row give the same answer."""
+
+    type: Literal["refinement"] = "refinement"
+    size: ClassVar[str] = "rounds"
+    rounds: int = Field(
+        default=3, ge=MIN_BRANCHES, description="Replies, the first included; number i has the seed plus i."
+    )
+    answer: Answer = Field(default=Answer(), description="How to find the answer in a reply.")
+
+    @property
+    def width(self) -> int:
+        """One after another."""
+        return 1
+
+    async def run(self, run: Run) -> Branch:
+        """The last reply. A round that fails, or that the context has no room for, leaves the one before it."""
+        best: Branch | None = None
+        prompt: Any | None = None  # the request's own
+        answers: list[str | None] = []
+        for number in range(self.rounds):
+            branch = run.start(prompt)
+            await branch.task
+            if branch.state != "completed":
+                break
+            best = branch
+            answers.append(self.answer.of(branch.text))
+            run.report |= {"answer": answers[-1], "answers": list(answers), "no_answer": answers.count(None)}
+            if number + 1 == self.rounds or (answers[-1] is not None and answers[-1:] == answers[-2:-1]):
+                break
+            prompt = await run.render(spoken(branch.text))
+            if prompt is None:
+                run.report["stopped_by"] = "context"
+                break
+        if best is None:
+            raise run.failure()
+        return best

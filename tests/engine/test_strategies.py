@@ -1,0 +1,406 @@
+"""Strategies on a real engine through the official client: votes, cost, streams, clients that go away, limits."""
+
+import asyncio
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import openai
+import pytest
+from scipy.stats import binomtest
+
+from demo.problems import problems
+from server.strategies.answers import Answer
+from tests.engine.launch import API_KEY, Server, serve
+from tests.engine.support import CHAT, EM
+
+pytestmark = pytest.mark.engine
+
+IN_FLIGHT = 400
+PROBLEMS = 300
+LONG = {"max_tokens": 200, "ignore_eos": True}  # with 64 branches, longer than any limit here
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    """Without chunked prefill, so that many seeded prompts may enter at once (docs/findings/upstream.md)."""
+    flags = ("--no-enable-chunked-prefill", "--max-num-seqs", "32", "--strategy-max-in-flight", str(IN_FLIGHT))
+    with serve(*flags) as started:
+        yield started
+
+
+def chat(server: Server, strategy: Any, content: str | None = None, **options: Any) -> Any:
+    settings: dict[str, Any] = {"temperature": 1, "seed": 11, "max_tokens": 100} | options
+    body = {"strategy": strategy} | settings.pop("extra_body", {})
+    messages = CHAT if content is None else [{"role": "user", "content": content}]
+    return server.client.chat.completions.create(model="demo", messages=messages, extra_body=body, **settings)
+
+
+def samples(server: Server, n: int, seed: int = 11, **options: Any) -> list[Any]:
+    """What the branches of a strategy should be: requests of their own."""
+    return [chat(server, None, seed=seed + i, **options) for i in range(n)]
+
+
+def majority(n: int = 4, **settings: Any) -> dict[str, Any]:
+    return {"type": "self_consistency", "n": n} | settings
+
+
+# ---- Self-consistency
+
+
+@pytest.mark.parametrize("em_inf", [None, EM])
+def test_branches_are_reproducible_samples_and_the_winner_is_the_first_with_the_answer(
+    engine: Server, em_inf: Any
+) -> None:
+    extra_body = {"em_inf": em_inf} if em_inf else {}
+    singles = samples(engine, 4, extra_body=extra_body)
+    answer: Any = chat(engine, majority(), extra_body=extra_body)
+    block = answer.strategy
+    texts = [single.choices[0].message.content for single in singles]
+    found = [Answer().of(text) for text in texts]
+    assert block["votes"] == Counter(filter(None, found))
+    assert block["no_answer"] == found.count(None)
+    assert block["completion_tokens"] == [single.usage.completion_tokens for single in singles]
+    assert answer.choices[0].message.content == texts[found.index(block["answer"])]
+    assert answer.usage.completion_tokens == sum(block["completion_tokens"])
+    assert answer.usage.prompt_tokens == 4 * singles[0].usage.prompt_tokens
+    assert answer.usage.total_tokens == answer.usage.prompt_tokens + answer.usage.completion_tokens
+    assert (block["n"], block["completed"], block["cancelled"], block["failed"]) == (4, 4, 0, 0)
+
+
+def test_the_rest_of_the_reply_is_an_ordinary_completion(v1: Server) -> None:
+    plain = chat(v1, None, logprobs=True, top_logprobs=2).model_dump()
+    voted = chat(v1, majority(2), logprobs=True, top_logprobs=2).model_dump()
+    assert voted.pop("strategy")
+    for completion in (plain, voted):
+        for name in ("id", "created", "usage"):
+            completion.pop(name)
+    second = chat(v1, None, logprobs=True, top_logprobs=2, seed=12).model_dump()["choices"]
+    assert voted["choices"] in (plain["choices"], second)
+    assert voted | {"choices": 0} == plain | {"choices": 0}
+    assert chat(v1, majority(2)).choices[0].logprobs is None
+
+
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        majority(),
+        majority(weights="entropy"),
+        {"type": "refinement", "answer": {"type": "text"}, "rounds": 2},
+        {"type": "deepconf", "n": 4, "warmup": 2, "window": 8, "consensus": 1.0},
+    ],
+    ids=lambda strategy: strategy["type"] + strategy.get("weights", ""),
+)
+def test_a_stream_tells_its_progress_and_ends_as_the_whole_reply(v1: Server, strategy: Any) -> None:
+    options: dict[str, Any] = {"extra_body": {"em_inf": EM | {"stats": "summary"}}, "max_tokens": 40}
+    whole = chat(v1, strategy, **options)
+    chunks = list(chat(v1, strategy, stream=True, stream_options={"include_usage": True}, **options))
+    told = [chunk.strategy for chunk in chunks if "strategy" in (chunk.model_extra or {})]
+    content = [chunk.choices[0].delta.content for chunk in chunks if chunk.choices]
+    assert "".join(filter(None, content)) == whole.choices[0].message.content
+    assert len(content) > 5  # as a normal completion comes
+    assert told[0]["completed"] == 0
+    assert chunks[0].choices == chunks[-1].choices == []
+    assert all("running" in progress for progress in told[:-1] if not progress["completed"])
+    assert told[-1] == chunks[-1].strategy == whole.strategy
+    assert chunks[-1].em_inf == whole.em_inf
+    assert whole.em_inf[0]["tokens"] in whole.strategy["completion_tokens"]
+    assert [chunk.usage for chunk in chunks if chunk.usage] == [whole.usage]
+    assert len({chunk.id for chunk in chunks}) == 1
+    assert {chunk.object for chunk in chunks} == {"chat.completion.chunk"}
+    assert {chunk.model for chunk in chunks} == {"demo"}
+
+
+def test_usage_is_what_the_engine_counted(server: Server) -> None:
+    """Cancelled branches included, streaming or not, every strategy."""
+    strategies: list[Any] = [majority(8, early_stop=True, confidence=0.7), majority(8, early_stop=True), majority(3)]
+    strategies += [{"type": "refinement"}, {"type": "deepconf", "n": 10, "warmup": 3, "window": 16, "keep": 0.3}]
+    asked = problems("held_out", 40, seed=3)
+
+    async def run() -> list[Any]:
+        async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key=API_KEY, max_retries=0) as client:
+
+            async def one(i: int) -> Any:
+                stream: Any = {"stream": True, "stream_options": {"include_usage": True}} if i % 2 else {}
+                answer: Any = await client.chat.completions.create(
+                    model="demo",
+                    messages=[{"role": "user", "content": asked[i].question}],
+                    extra_body={"strategy": strategies[i % len(strategies)]},
+                    **stream,
+                )
+                if not stream:
+                    return answer.usage, answer.strategy
+                chunks = [chunk async for chunk in answer]
+                return next(chunk.usage for chunk in chunks if chunk.usage), chunks[-1].strategy
+
+            return await asyncio.gather(*(one(i) for i in range(len(asked))))
+
+    names = {"completion_tokens": "vllm:generation_tokens_total", "prompt_tokens": "vllm:prompt_tokens_total"}
+    before = {name: server.metric(metric) for name, metric in names.items()}
+    states = ("started", "completed", "cancelled", "failed")
+    branches = {state: server.metric(f"em_inf_strategy_branches_{state}_total") for state in states}
+    answers = asyncio.run(run())
+    for name, metric in names.items():
+        counted = server.metric(metric) - before[name]
+        assert sum(getattr(usage, name) for usage, _ in answers) == counted, name
+    for state in states[1:]:
+        there = server.metric(f"em_inf_strategy_branches_{state}_total") - branches[state]
+        assert there == sum(block[state] for _, block in answers), state
+    assert sum(block["cancelled"] for _, block in answers) > 20
+    assert server.metric("em_inf_strategy_branches_running") == 0
+    assert server.metric("em_inf_strategy_agreement_count") >= 32
+    assert server.metric("em_inf_strategy_tokens_saved_total") > 0
+
+
+def votes_on(server: Server, strategy: Any) -> list[Any]:
+    """The strategy on held-out problems at temperature 1, sixteen at a time."""
+    asked = problems("held_out", PROBLEMS, seed=17)
+
+    async def run() -> list[Any]:
+        slots = asyncio.Semaphore(16)
+        async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key=API_KEY, max_retries=0) as client:
+
+            async def one(i: int) -> Any:
+                async with slots:
+                    return await client.chat.completions.create(
+                        model="demo",
+                        messages=[{"role": "user", "content": asked[i].question}],
+                        temperature=1,
+                        seed=1000 * i,
+                        extra_body={"strategy": strategy} if strategy else {},
+                    )
+
+            return await asyncio.gather(*(one(i) for i in range(PROBLEMS)))
+
+    return asyncio.run(run())
+
+
+def test_a_vote_of_16_is_right_more_often_than_its_first_sample_and_early_stop_changes_no_decided_vote(
+    server: Server,
+) -> None:
+    asked = problems("held_out", PROBLEMS, seed=17)
+    single, whole, stopped = (votes_on(server, s) for s in (None, majority(16), majority(16, early_stop=True)))
+    first = [
+        Answer().of(answer.choices[0].message.content) == str(p.answer) for answer, p in zip(single, asked, strict=True)
+    ]
+    voted = [answer.strategy["answer"] == str(p.answer) for answer, p in zip(whole, asked, strict=True)]
+    better = sum(v and not f for v, f in zip(voted, first, strict=True))
+    worse = sum(f and not v for v, f in zip(voted, first, strict=True))
+    print(f"right: one sample {sum(first)}, vote {sum(voted)} of {PROBLEMS}; better {better}, worse {worse}")
+    assert binomtest(better, better + worse, alternative="greater").pvalue < 0.001
+    decided = 0
+    for full, early in zip(whole, stopped, strict=True):
+        top, second, *_ = [*sorted(full.strategy["votes"].values(), reverse=True), 0, 0]
+        if top > second:
+            decided += 1
+            assert early.strategy["answer"] == full.strategy["answer"]
+    tokens = [sum(answer.usage.completion_tokens for answer in answers) for answers in (whole, stopped)]
+    cancelled = sum(answer.strategy["cancelled"] for answer in stopped)
+    print(f"decided {decided}; tokens {tokens[0]}, with early stop {tokens[1]}; {cancelled} branches cancelled")
+    assert decided > PROBLEMS / 2
+    assert tokens[1] < 0.98 * tokens[0]
+
+
+# ---- Refinement
+
+
+def test_each_round_is_shown_the_reply_before_it(v1: Server) -> None:
+    answer: Any = chat(v1, {"type": "refinement", "rounds": 2}, content="9+4")
+    first = chat(v1, None, content="9+4")
+    turns = [{"role": "assistant", "content": first.choices[0].message.content}]
+    turns.append({"role": "user", "content": "Check your answer."})  # the demo's
+    again: Any = v1.client.chat.completions.create(
+        model="demo", messages=[{"role": "user", "content": "9+4"}, *turns], temperature=1, seed=12, max_tokens=100
+    )
+    assert answer.choices[0].message.content == again.choices[0].message.content
+    assert answer.usage.prompt_tokens == first.usage.prompt_tokens + again.usage.prompt_tokens
+    assert answer.strategy["completion_tokens"] == [reply.usage.completion_tokens for reply in (first, again)]
+
+
+def test_refinement_ends_where_the_context_does(v1: Server) -> None:
+    answer: Any = chat(v1, {"type": "refinement", "rounds": 3}, max_tokens=110, extra_body={"ignore_eos": True})
+    assert answer.strategy["stopped_by"] == "context"
+    assert answer.strategy["completed"] == 1
+    assert answer.choices[0].message.content
+
+
+# ---- What is refused
+
+STRATEGY = majority()
+REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
+    "no object": ({"strategy": "self_consistency"}, "body.strategy", "an object"),
+    "no type": ({"strategy": {"n": 4}}, "body.strategy.type", "self_consistency, refinement, deepconf"),
+    "n of 1": ({"strategy": majority(1)}, "body.strategy.n", "from 2 up to 64"),
+    "n of 1,000": ({"strategy": majority(1000)}, "body.strategy.n", "got 1000; this server allows"),
+    "n in words": ({"strategy": majority() | {"n": "4"}}, "body.strategy.n", "'4'"),
+    "an unknown field": ({"strategy": majority(votes=3)}, "body.strategy.votes", "unknown field"),
+    "an evil pattern": (
+        {"strategy": majority(answer={"type": "regex", "pattern": "(?<=a)b"})},
+        "body.strategy.answer",
+        "RE2",
+    ),
+    "confidence alone": ({"strategy": majority(confidence=0.9)}, "body.strategy", "early_stop"),
+    "entropy unknown": ({"strategy": majority(weights="entropy")}, "body.strategy.weights", "stats"),
+    "greedy": ({"strategy": STRATEGY, "temperature": 0}, "body.temperature", "above 0"),
+    "choices": ({"strategy": STRATEGY, "n": 3}, "body.n", "got 3"),
+    "beams": ({"strategy": STRATEGY, "use_beam_search": True}, "body.use_beam_search", "self_consistency"),
+    "tools": (
+        {"strategy": STRATEGY, "tools": [{"type": "function", "function": {"name": "f"}}], "tool_choice": "auto"},
+        "body.tools",
+        "text of replies",
+    ),
+}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(("body", "param", "says"), REFUSED.values(), ids=REFUSED.keys())
+def test_what_cannot_work_is_refused_with_the_reason(
+    v1: Server, body: dict[str, Any], param: str, says: str, stream: bool
+) -> None:
+    request = {"model": "demo", "messages": CHAT, "temperature": 1, "max_tokens": 3, "stream": stream} | body
+    answer = v1.http.post("/v1/chat/completions", json=request)
+    assert answer.status_code == 400, answer.text[:300]
+    error = answer.json()["error"]
+    assert error["param"] == param
+    assert says in error["message"]
+    assert v1.metric("em_inf_strategy_branches_running") == 0
+    good = v1.http.post("/v1/chat/completions", json=request | {"n": 1} | dict.fromkeys(body))
+    assert good.status_code == 200, good.text
+
+
+@pytest.mark.parametrize("route", ["/v1/completions", "/v1/responses", "/tokenize"])
+def test_other_routes_refuse_strategies(v1: Server, route: str) -> None:
+    answer = v1.http.post(route, json={"model": "demo", "prompt": "7", "input": "7", "strategy": STRATEGY})
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == "body.strategy"
+    assert "/v1/chat/completions" in answer.json()["error"]["message"]
+
+
+def test_clients_can_find_out(v1: Server) -> None:
+    strategies = v1.http.get("/v1/em_inf").json()["strategies"]
+    assert set(strategies) == {"self_consistency", "refinement", "deepconf"}
+    assert strategies["self_consistency"]["properties"]["n"]["maximum"] == 64
+    model = v1.http.get("/openapi.json").json()["components"]["schemas"]["EMInfChatCompletionRequest"]
+    assert {"$ref": "#/components/schemas/Refinement"} in model["properties"]["strategy"]["anyOf"]
+
+
+# ---- Clients that go away, branches that fail, limits
+
+
+def busy(server: Server) -> float:
+    return server.metric("vllm:num_requests_running") + server.metric("vllm:num_requests_waiting")
+
+
+def test_a_client_that_is_killed_takes_its_branches_along(server: Server) -> None:
+    """Left alone, they would keep the engine busy for many times the two seconds."""
+    for stream in (False, True):
+        body = {"model": "demo", "messages": CHAT, "strategy": majority(64), "stream": stream, "temperature": 1} | LONG
+        code = f"import httpx\nhttpx.post({server.url + '/v1/chat/completions'!r}, json={body!r}, timeout=300)"
+        script = code.replace("timeout", f"headers={{'Authorization': 'Bearer {API_KEY}'}}, timeout")
+        clients = [subprocess.Popen([sys.executable, "-c", script]) for _ in range(5)]
+        server.until(lambda: server.metric("em_inf_strategy_branches_running") == 5 * 64)
+        for client in clients:
+            client.send_signal(signal.SIGKILL)
+        killed = time.monotonic()
+        server.until(lambda: not busy(server), limit=10)
+        assert time.monotonic() - killed < 2, "seconds until nothing was running"
+        for client in clients:
+            client.wait()
+        server.until(lambda: server.metric("em_inf_strategy_branches_running") == 0, limit=2)
+
+
+def test_fifty_clients_at_random_leave_nothing_behind(server: Server) -> None:
+    rng = random.Random(5)
+    names = [f"em_inf_strategy_branches_{state}_total" for state in ("completed", "cancelled", "failed")]
+
+    async def one(client: httpx.AsyncClient, i: int) -> int:
+        body: dict[str, Any] = {"model": "demo", "messages": CHAT, "stream": i % 2 == 0, "temperature": 1.5}
+        body |= {"strategy": majority(8), "em_inf": EM | {"stats": "summary"}, "max_tokens": 150}
+        wait = rng.choice((None, rng.uniform(0, 3)))
+        try:
+            answer = await asyncio.wait_for(client.post("/v1/chat/completions", json=body), wait)
+        except TimeoutError:
+            return 0
+        assert answer.status_code == 200
+        return 1
+
+    async def all_of_them() -> list[int]:
+        async with server.async_http() as client:
+            return await asyncio.gather(*(one(client, i) for i in range(50)))
+
+    answered = asyncio.run(all_of_them())
+    assert 5 < sum(answered) < 50
+    server.until(lambda: not busy(server), limit=2)
+    server.until(lambda: server.metric("em_inf_strategy_branches_running") == 0, limit=2)
+    server.until(lambda: server.metric("em_inf_tracked_requests") == 0, limit=10)
+    assert server.metric("em_inf_strategy_branches_started_total") == sum(map(server.metric, names))
+    # Every place is free again.
+    fits = chat(server, majority(64, early_stop=True, confidence=0.6), content="9+4")
+    assert fits.strategy["completed"] > 0
+
+
+def test_more_branches_than_there_are_places_for_wait_with_429(server: Server) -> None:
+    body = {"model": "demo", "messages": CHAT, "strategy": majority(64), "stream": True, "temperature": 1} | LONG
+    fit = IN_FLIGHT // 64
+
+    async def run() -> httpx.Response:
+        async with server.async_http() as client:
+            streams = [client.stream("POST", "/v1/chat/completions", json=body) for _ in range(fit)]
+            for stream in streams:
+                assert (await stream.__aenter__()).status_code == 200
+            refused = await client.post("/v1/chat/completions", json=body)
+            plain = await client.post(
+                "/v1/chat/completions", json=body | {"strategy": None, "stream": False, "max_tokens": 1}
+            )
+            assert plain.status_code == 200
+            for stream in streams:
+                await stream.__aexit__(None, None, None)
+            return refused
+
+    refused = asyncio.run(run())
+    assert refused.status_code == 429
+    assert int(refused.headers["Retry-After"]) >= 1
+    error = refused.json()["error"]
+    assert error["message"] == f"64 branches asked for, {IN_FLIGHT - fit * 64} of {IN_FLIGHT} places are free"
+    assert (error["type"], error["param"], error["code"]) == ("Too Many Requests", "body.strategy", 429)
+    server.until(lambda: not busy(server), limit=10)
+    assert chat(server, majority(2)).strategy["completed"] == 2
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_branches_that_the_engine_gives_up_leave_the_vote_to_the_others(server: Server, stream: bool) -> None:
+    """vLLM's own route for aborting requests stands for whatever makes an engine give one up."""
+
+    async def run(lost: int) -> tuple[httpx.Response, int]:
+        identity = f"lost-{lost}-{stream}"
+        body = {"model": "demo", "messages": CHAT, "strategy": majority(3), "stream": stream, "temperature": 1} | LONG
+        async with server.async_http() as client:
+            request = client.post("/v1/chat/completions", json=body, headers={"X-Request-Id": identity})
+            pending = asyncio.ensure_future(request)
+            while not pending.done() and await asyncio.to_thread(server.metric, "vllm:num_requests_running") < 3:
+                await asyncio.sleep(0)
+            ids = [f"chatcmpl-{identity}-{number}" for number in range(lost)]
+            aborted = await client.post("/inference/v1/abort_requests", json={"request_ids": ids})
+            assert aborted.status_code == 200, aborted.text
+            return await pending, lost
+
+    answer, lost = asyncio.run(run(2))
+    assert answer.status_code == 200
+    data = answer.text.strip().split("\n\n")[-2].removeprefix("data: ") if stream else answer.text
+    block = json.loads(data)["strategy"]
+    assert (block["completed"], block["failed"]) == (1, lost)
+    answer, _ = asyncio.run(run(3))
+    if stream:
+        assert '"code":500' in answer.text.replace(" ", "")
+        assert "all 3 branches failed" in answer.text
+    else:
+        assert answer.status_code == 500
+        assert "all 3 branches failed" in answer.json()["error"]["message"]
+    assert chat(server, majority(2)).strategy["completed"] == 2
