@@ -1,7 +1,8 @@
 """What EM-INF costs a server, and what the plugin costs one that does not use it: output tokens per second, by arm.
 
 `.venv/bin/python -m benchmarks.serving --model demo`. Arms take turns within each round, plain vLLM in a server beside
-em-serve; a ratio is of two arms of one round. Then the released way, one prompt at a time (benchmarks/generate.py).
+em-serve, both started several times; a ratio is of two arms of one round. Then the released way, one prompt at a time
+(benchmarks/generate.py).
 """
 
 import argparse
@@ -13,7 +14,7 @@ import statistics
 import tempfile
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -77,20 +78,24 @@ class Turn:
     round: int
     arm: str
     rate: float  # output tokens per second
+    start: int = 0  # of the servers
     others: float = 0.0  # cores that the rest of the machine kept busy
     optimised: float | None = None
 
 
-def servers(stack: ExitStack, args: argparse.Namespace, folder: Path) -> dict[bool, Server]:
-    """Both servers, by whether they are plain. One after the other: on CUDA each measures the memory that is free."""
+def servers(stack: ExitStack, args: argparse.Namespace, folder: Path, start: int = 0) -> dict[bool, Server]:
+    """Both servers, by whether they are plain. One after the other: on CUDA each measures the memory that is free.
+    Who comes first alternates with `start`."""
     model, flags = args.model, ("--max-num-seqs", str(max(args.concurrency)), *MODELS[args.model].flags)
     if model == "demo":
         ours, theirs = flags, (str(demo.MODEL_PATH), *DEMO_FLAGS, *flags)
     else:
         ours = theirs = (str(folder), "--served-model-name", model, *DUMMY_FLAGS, *flags)
-    em_serve = serve(*EM_SERVE, *ours, log=args.out / "em-serve.log", executor=args.executor)
-    plain_vllm = serve(*PLAIN_VLLM, *theirs, log=args.out / "plain-vllm.log", executor=args.executor)
-    running = {False: stack.enter_context(em_serve), True: stack.enter_context(plain_vllm)}
+    both = {
+        False: serve(*EM_SERVE, *ours, log=args.out / "em-serve.log", executor=args.executor),
+        True: serve(*PLAIN_VLLM, *theirs, log=args.out / "plain-vllm.log", executor=args.executor),
+    }
+    running = {plain: stack.enter_context(both[plain]) for plain in sorted(both, reverse=start % 2 == 1)}
     for plain, server in running.items():
         _check_plugin(server, model, plain)
     return running
@@ -122,12 +127,12 @@ def bodies(model: str, arm: Arm, prompts: Sequence[list[int]], tokens: int, numb
     return [{**common, "prompt": prompt, "seed": first + index} for index, prompt in enumerate(prompts)]
 
 
-async def measure(running: dict[bool, Server], args: argparse.Namespace) -> list[Turn]:
-    """Every turn of every arm, at each concurrency."""
+async def measure(running: dict[bool, Server], args: argparse.Namespace, start: int) -> list[Turn]:
+    """Every turn of every arm, at each concurrency, of one start."""
     turns = []
     async with client(running[True].url) as plain, client(running[False].url) as ours:
         for concurrency in args.concurrency:
-            prompts = prompts_of(args.model, args.requests or max(8, 2 * concurrency))
+            prompts = prompts_of(args.model, args.requests or max(8, 4 * concurrency))
             for number in range(-1, args.rounds):
                 names = list(ARMS)
                 for name in names if number % 2 else reversed(names):
@@ -137,7 +142,8 @@ async def measure(running: dict[bool, Server], args: argparse.Namespace) -> list
                     bystanders = Bystanders(*running.values())
                     rate, answers = await turn(plain if arm.plain else ours, requests, concurrency)
                     _check_lengths(answers, args.tokens)
-                    turns.append(Turn(concurrency, number, name, rate, bystanders.busy_cores(), _optimised(answers)))
+                    others, optimised = bystanders.busy_cores(), _optimised(answers)
+                    turns.append(Turn(concurrency, number, name, rate, start, others, optimised))
     return turns
 
 
@@ -175,12 +181,12 @@ def report(args: argparse.Namespace, turns: Sequence[Turn], released: Sequence[f
 
 
 def _row(turns: Sequence[Turn], concurrency: int, name: str) -> str:
-    rates, base = rates_of(turns, concurrency, name), ARMS[name].base
+    rates, base, starts = rates_of(turns, concurrency, name), ARMS[name].base, len({each.start for each in turns})
     warm = next(each for each in turns if (each.concurrency, each.arm, each.round) == (concurrency, name, -1))
     cells = [str(concurrency), name, spread(rates, 0)]
     if base:
         ratios = paired(rates, rates_of(turns, concurrency, base))
-        cells += [base, f"{statistics.median(ratios):.3f}", "{:.3f} to {:.3f}".format(*interval(ratios))]
+        cells += [base, f"{statistics.median(ratios):.3f}", "{:.3f} to {:.3f}".format(*interval(ratios, starts))]
     else:
         cells += [""] * 3
     cells.append("" if warm.optimised is None else f"{warm.optimised:.1%}")
@@ -189,7 +195,7 @@ def _row(turns: Sequence[Turn], concurrency: int, name: str) -> str:
 
 def _findings(model: str, turns: Sequence[Turn], concurrency: int, released: Sequence[float]) -> list[str]:
     off, on = rates_of(turns, concurrency, OFF), rates_of(turns, concurrency, ON)
-    low, high = interval(paired(off, rates_of(turns, concurrency, PLAIN)))
+    low, high = interval(paired(off, rates_of(turns, concurrency, PLAIN)), len({each.start for each in turns}))
     share, target = statistics.median(paired(on, off)), MODELS[model].target
     found = [
         f"off / plain vLLM: the interval {'includes' if low <= 1 <= high else 'leaves out'} 1",
@@ -203,22 +209,24 @@ def _findings(model: str, turns: Sequence[Turn], concurrency: int, released: Seq
 
 def write_csv(path: Path, model: str, turns: Iterable[Turn], released: Iterable[float]) -> None:
     """Every turn, the warm-up's too; the released way has a round for each prompt."""
-    rows = [(each.concurrency, each.round, each.arm, each.rate, each.others, each.optimised) for each in turns]
-    rows += [(1, number, "released", rate, None, None) for number, rate in enumerate(released)]
+    rows = [astuple(each) for each in turns]
+    rows += [(1, number, "released", rate, None, None, None) for number, rate in enumerate(released)]
     with path.open("w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(("model", "concurrency", "round", "arm", "tokens_per_second", "other_cores", "optimised"))
+        writer.writerow(
+            ("model", "concurrency", "round", "arm", "tokens_per_second", "start", "other_cores", "optimised")
+        )
         writer.writerows((model, *row) for row in rows)
 
 
-def run_servers(args: argparse.Namespace, folder: Path) -> list[Turn]:
+def run_servers(args: argparse.Namespace, folder: Path, start: int) -> list[Turn]:
     """Start both, say how idle they are, measure, and stop them."""
     with ExitStack() as stack:
-        running = servers(stack, args, folder)
+        running = servers(stack, args, folder, start)
         version = httpx.get(f"{running[True].url}/version").json()["version"]
         idle = ", ".join(f"{busy_cores(running[plain], 5):.3f} ({'plain' if plain else 'ours'})" for plain in running)
         print(f"vLLM {version}, {len(os.sched_getaffinity(0))} cores; cores busy while a server is idle: {idle}")
-        turns = asyncio.run(measure(running, args))
+        turns = asyncio.run(measure(running, args, start))
     print(f"cores that other processes kept busy during a turn: {spread([each.others for each in turns], 2)}")
     return turns
 
@@ -235,9 +243,10 @@ def run_released(args: argparse.Namespace, folder: Path) -> list[float]:
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", choices=MODELS, default="demo")
-    parser.add_argument("--rounds", type=int, default=20, help="after the first, which warms up")
+    parser.add_argument("--starts", type=int, default=4, help="of both servers, who comes first alternates")
+    parser.add_argument("--rounds", type=int, default=6, help="of each start, after the first, which warms up")
     parser.add_argument(
-        "--requests", type=int, help="in a turn (default: two for each that runs at a time, at least 8)"
+        "--requests", type=int, help="in a turn (default: four for each that runs at a time, at least 8)"
     )
     parser.add_argument("--tokens", type=int, default=48, help="of each reply")
     parser.add_argument("--concurrency", type=int, nargs="+", help="requests at a time (default: the model's)")
@@ -250,7 +259,7 @@ def arguments() -> argparse.Namespace:
     args = parser.parse_args()
     args.concurrency = args.concurrency or list(MODELS[args.model].concurrency)
     if args.quick:
-        args.rounds, args.tokens, args.released = 2, 8, min(args.released, 2)
+        args.starts, args.rounds, args.tokens, args.released = 1, 2, 8, min(args.released, 2)
     return args
 
 
@@ -262,7 +271,7 @@ def main() -> None:
         folder = demo.MODEL_PATH if args.model == "demo" else Path(temporary)
         if args.model != "demo":
             dummy.write_model(folder, args.model)
-        turns = run_servers(args, folder)
+        turns = [each for start in range(args.starts) for each in run_servers(args, folder, start)]
         released = run_released(args, folder)
     report(args, turns, released)
     write_csv(args.out / f"serving-{args.model}.csv", args.model, turns, released)

@@ -134,6 +134,7 @@ async def _told(events: AsyncIterable[Any], statistics: ReplyStatistics | None) 
     if run:
         first = asyncio.ensure_future(anext(iterator, ""))
         try:
+            await run.progress(first, PROGRESS)
             while not first.done():
                 yield _chunk(json.dumps(run.head()), {STRATEGY_KEY: run.block()})
                 await run.progress(first, PROGRESS)

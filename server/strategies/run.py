@@ -164,6 +164,7 @@ class Run:
         branch.request_id, delta, outputs, branch.tallies = self.origin.branch(branch.number, prompt, top, every_token)
         self.branches.append(branch)
         self.metrics.started(self.strategy.type)
+        self.changed.set()
         branch.task = asyncio.create_task(self._follow(branch, outputs, delta))
         branch.task.add_done_callback(lambda _: self._end(branch))
         return branch
@@ -205,11 +206,11 @@ class Run:
         return self.strategy.heading() | counts | running | self.report | tokens
 
     async def progress(self, reply: asyncio.Future[Any], limit: float) -> None:
-        """Wait until a branch has ended or the `reply` has begun, at most `limit` seconds."""
-        self.changed.clear()
+        """Wait until a branch has started or ended since the last time, or the `reply` has begun: at most `limit` s."""
         change = asyncio.ensure_future(self.changed.wait())
         await asyncio.wait({reply, change}, timeout=limit, return_when=asyncio.FIRST_COMPLETED)
         change.cancel()
+        self.changed.clear()
 
     def usage(self, usage: dict[str, Any]) -> dict[str, Any]:
         """vLLM's usage, which knows of the winner alone, with all that was generated."""

@@ -37,6 +37,15 @@ def test_interval_covers_the_ratio_about_as_often_as_it_says():
     assert 0.88 <= np.mean([low <= 1 <= high for low, high in intervals]) <= 0.99
 
 
+def test_interval_knows_that_starts_differ():
+    """Rounds that agree within each of four starts say little where the starts do not agree."""
+    rng = np.random.default_rng(3)
+    ratios = np.exp(np.repeat([0.05, -0.04, 0.06, -0.05], 12) + rng.normal(0, 0.01, 48))
+    low, high = interval(ratios, starts=4)
+    assert low < 0.98 and high > 1.02
+    assert np.subtract(*interval(ratios)[::-1]) < 0.6 * (high - low)
+
+
 def test_spread_shows_median_lowest_and_highest():
     assert spread([3.0, 1.0, 2.04], 1) == "2.0 (1.0 to 3.0)"
 

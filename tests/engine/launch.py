@@ -88,11 +88,11 @@ def serve(*flags: str, runner: str = "v1", **env: str) -> Iterator[Server]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "server.cli", *flags, "--host", "127.0.0.1", "--port", str(port)]
+    command = [sys.executable, "-m", "server.cli", *ENGINE_FLAGS, *flags, "--host", "127.0.0.1", "--port", str(port)]
     log = Path(tempfile.mkstemp(prefix="em-serve-", suffix=".log")[1])
     with log.open("wb") as output:
         process = subprocess.Popen(
-            [*command, "--api-key", API_KEY, *ENGINE_FLAGS],
+            [*command, "--api-key", API_KEY],
             env=environment(runner, **env),
             stdin=subprocess.DEVNULL,
             stdout=output,
