@@ -70,7 +70,9 @@ class DeepConf(Strategy):
         run.report["threshold"] = threshold
         for branch in warm:
             self._count(ballot, branch, threshold)
-        if not self._agreed(ballot):
+        if self._agreed(ballot):
+            run.spared = self.n - self.warmup
+        else:
             for _ in range(self.n - self.warmup):
                 run.start()
             async for branch in run.ended():

@@ -25,7 +25,8 @@ class Refinement(Strategy):
         return 1
 
     async def run(self, run: Run) -> Branch:
-        """The last reply. A round that fails, or that the context has no room for, leaves the one before it."""
+        """The last reply. A round that fails or finds no room in the context leaves the one before it, as does one that
+        is cut off after one that was not."""
         best: Branch | None = None
         prompt: Any | None = None  # the request's own
         answers: list[str | None] = []
@@ -34,10 +35,15 @@ class Refinement(Strategy):
             await branch.task
             if branch.state != "completed":
                 break
+            if best and branch.cut_off and not best.cut_off:
+                run.report["stopped_by"] = "length"
+                break
             best = branch
             answers.append(self.answer.of(branch.text))
             run.report |= {"answer": answers[-1], "answers": list(answers), "no_answer": answers.count(None)}
-            if number + 1 == self.rounds or (answers[-1] is not None and answers[-1:] == answers[-2:-1]):
+            left = self.rounds - number - 1
+            if not left or (answers[-1] is not None and answers[-1:] == answers[-2:-1]):
+                run.spared = left
                 break
             prompt = await run.render(spoken(branch.text))
             if prompt is None:

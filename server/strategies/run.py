@@ -80,10 +80,16 @@ class Branch:
         self.logprob = 0.0  # the model's own, summed over the tokens
         self.confidence_sums = [0.0]  # over its first tokens, 0 of them and up, where the strategy looks at each
         self.outputs: list[Any] = []
+        self.finish_reason: str | None = None
         self.error: Exception | None = None
         self.request_id = ""
         self.tallies: list[Tally] = []
         self.task: asyncio.Task[None]
+
+    @property
+    def cut_off(self) -> bool:
+        """Whether it ended for want of room: `max_tokens`, or the context."""
+        return self.finish_reason == "length"
 
     @property
     def mean_logprob(self) -> float:
@@ -107,6 +113,7 @@ class Branch:
         self.prompt_tokens = len(output.prompt_token_ids or ()) if self.tokens else 0
         self.cached_tokens = output.num_cached_tokens or 0
         self.logprob = completion.cumulative_logprob or 0.0
+        self.finish_reason = completion.finish_reason
         if confidence_of:
             for row in completion.logprobs or ():
                 self.confidence_sums.append(self.confidence_sums[-1] + confidence(row, confidence_of))
@@ -150,6 +157,7 @@ class Run:
         self.branches: list[Branch] = []
         self.winner: Branch | None = None
         self.report: dict[str, Any] = {}  # what the strategy says in the response
+        self.spared = 0  # branches that an early stop left unstarted
         self.changed = asyncio.Event()  # there is progress to tell
         self._ended: asyncio.Queue[Branch] = asyncio.Queue()
         self._delivered = 0
@@ -246,9 +254,8 @@ class Run:
                 if branch.state == "running" and not output.finished and not self.strategy.keeps(self, branch):
                     branch.state = "cancelled"
                     await self.origin.abort(branch.request_id)
-            reason = branch.outputs[-1].outputs[0].finish_reason if branch.outputs else "error"
             if branch.state == "running":
-                branch.state = "failed" if reason in ("abort", "error") else "completed"
+                branch.state = "failed" if branch.finish_reason in (None, "abort", "error") else "completed"
         except Exception as error:
             branch.state, branch.error = "failed", error
 
@@ -268,7 +275,8 @@ class Run:
             await asyncio.wait({branch.task}, timeout=ABORT_AGAIN)
 
     def _saved(self) -> float:
-        """Tokens that cancelled branches would have taken, had they been as long as the completed ones on average."""
+        """Tokens that branches cancelled or spared would have taken, as long as the completed ones on average."""
         lengths = [branch.tokens for branch in self.branches if branch.state == "completed"]
         mean = sum(lengths) / len(lengths) if lengths else 0.0
-        return sum(max(0.0, mean - branch.tokens) for branch in self.branches if branch.state == "cancelled")
+        cancelled = sum(max(0.0, mean - branch.tokens) for branch in self.branches if branch.state == "cancelled")
+        return cancelled + mean * self.spared

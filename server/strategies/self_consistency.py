@@ -20,8 +20,11 @@ class SelfConsistency(Strategy):
     size: ClassVar[str] = "n"
     n: int = Field(default=8, ge=MIN_BRANCHES, description="Samples; number i has the request's seed plus i.")
     answer: Answer = Field(default=Answer(), description="How to find the answer in a reply.")
+    parallel: int | None = Field(
+        default=None, ge=1, description="Samples at a time, a new one as each ends; default: all n at once."
+    )
     early_stop: bool = Field(
-        default=False, description="End the branches still running once no outcome can overtake the leader."
+        default=False, description="Once no outcome can overtake the leader, end what is running and start no more."
     )
     confidence: float | None = Field(
         default=None,
@@ -41,21 +44,31 @@ class SelfConsistency(Strategy):
             raise ValueError("`confidence` counts votes; it does not go with weights")
         return self
 
+    @property
+    def width(self) -> int:
+        """As `parallel` says."""
+        return min(self.parallel or self.n, self.n)
+
     def check(self, sampling_params: Any, max_logprobs: int) -> None:
         """It needs samples that differ."""
         must_sample(sampling_params, self.type)
 
     async def run(self, run: Run) -> Branch:
-        """All at once; the vote after each."""
-        for _ in range(self.n):
+        """The vote after each; no more samples once it is settled."""
+        for _ in range(self.width):
             run.start()
-        ballot, seen = Ballot(run, self.answer), 0
+        ballot, seen, settled = Ballot(run, self.answer), 0, False
         async for branch in run.ended():
             seen += 1
             if branch.state == "completed":
                 ballot.add(branch, await self._weight(branch))
-            if self.early_stop and self._settled(ballot.vote, self.n - seen):
+            # Settled is settled: what completes while the others are being cancelled still has its vote.
+            settled = settled or (self.early_stop and self._settled(ballot.vote, self.n - seen))
+            if settled:
+                run.spared = self.n - len(run.branches)
                 await run.cancel_running()
+            elif len(run.branches) < self.n:
+                run.start()
         return ballot.winner()
 
     async def _weight(self, branch: Branch) -> float:

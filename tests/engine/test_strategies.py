@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import httpx
-import openai
 import pytest
 from scipy.stats import binomtest
 
@@ -125,7 +124,7 @@ def test_usage_is_what_the_engine_counted(server: Server) -> None:
     asked = problems("held_out", 40, seed=3)
 
     async def run() -> list[Any]:
-        async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key=API_KEY, max_retries=0) as client:
+        async with server.async_client as client:
 
             async def one(i: int) -> Any:
                 stream: Any = {"stream": True, "stream_options": {"include_usage": True}} if i % 2 else {}
@@ -165,7 +164,7 @@ def votes_on(server: Server, strategy: Any) -> list[Any]:
 
     async def run() -> list[Any]:
         slots = asyncio.Semaphore(16)
-        async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key=API_KEY, max_retries=0) as client:
+        async with server.async_client as client:
 
             async def one(i: int) -> Any:
                 async with slots:
@@ -186,7 +185,8 @@ def test_a_vote_of_16_is_right_more_often_than_its_first_sample_and_early_stop_c
     server: Server,
 ) -> None:
     asked = problems("held_out", PROBLEMS, seed=17)
-    single, whole, stopped = (votes_on(server, s) for s in (None, majority(16), majority(16, early_stop=True)))
+    early_stop = majority(16, early_stop=True, parallel=4)
+    single, whole, stopped = (votes_on(server, strategy) for strategy in (None, majority(16), early_stop))
     first = [
         Answer().of(answer.choices[0].message.content) == str(p.answer) for answer, p in zip(single, asked, strict=True)
     ]
@@ -202,10 +202,9 @@ def test_a_vote_of_16_is_right_more_often_than_its_first_sample_and_early_stop_c
             decided += 1
             assert early.strategy["answer"] == full.strategy["answer"]
     tokens = [sum(answer.usage.completion_tokens for answer in answers) for answers in (whole, stopped)]
-    cancelled = sum(answer.strategy["cancelled"] for answer in stopped)
-    print(f"decided {decided}; tokens {tokens[0]}, with early stop {tokens[1]}; {cancelled} branches cancelled")
+    print(f"decided {decided}; tokens {tokens[0]}, with early stop {tokens[1]}")
     assert decided > PROBLEMS / 2
-    assert tokens[1] < 0.98 * tokens[0]
+    assert tokens[1] < 0.8 * tokens[0]
 
 
 # ---- Refinement
@@ -225,9 +224,11 @@ def test_each_round_is_shown_the_reply_before_it(v1: Server) -> None:
 
 
 def test_refinement_ends_where_the_context_does(server: Server) -> None:
-    answer: Any = chat(server, {"type": "refinement", "rounds": 3}, max_tokens=200)
-    assert answer.strategy["stopped_by"] == "context"
-    assert answer.strategy["completed"] == 1
+    """The first round fills it; the second prompt is longer still."""
+    options: dict[str, Any] = {"max_tokens": 200, "extra_body": {"ignore_eos": True}}
+    answer: Any = chat(server, {"type": "refinement", "rounds": 3}, "7+8*2-" * 20 + "1", **options)
+    assert (answer.strategy["stopped_by"], answer.strategy["completed"]) == ("context", 1)
+    assert answer.choices[0].finish_reason == "length"
     assert answer.choices[0].message.content
 
 
@@ -386,16 +387,16 @@ def test_branches_that_the_engine_gives_up_leave_the_vote_to_the_others(server: 
     n = 48
 
     async def run(lost: int) -> httpx.Response:
-        identity, before = f"lost-{lost}-{stream}", server.metric(STARTED)
+        identity = f"lost-{lost}-{stream}"
         body = {"model": "demo", "messages": CHAT, "strategy": majority(n), "stream": stream, "temperature": 1} | LONG
         async with server.async_http() as client:
             request = client.post("/v1/chat/completions", json=body, headers={"X-Request-Id": identity})
             pending = asyncio.ensure_future(request)
-            while await asyncio.to_thread(server.metric, STARTED) < before + n:
-                await asyncio.sleep(0)
             ids = [f"chatcmpl-{identity}-{number}" for number in range(lost)]
-            aborted = await client.post("/inference/v1/abort_requests", json={"request_ids": ids})
-            assert aborted.status_code == 200, aborted.text
+            while not pending.done():  # one that comes before the engine knows the branch does nothing
+                aborted = await client.post("/inference/v1/abort_requests", json={"request_ids": ids})
+                assert aborted.status_code == 200, aborted.text
+                await asyncio.sleep(0.05)
             return await pending
 
     answer = asyncio.run(run(n - 1))

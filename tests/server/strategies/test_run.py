@@ -38,6 +38,7 @@ class ScriptedEngine:
         self.aborted: set[str] = set()
         self.generated = 0
         self.in_engine: set[str] = set()
+        self.most = 0  # at a time
         self.prompts: list[Any] = []
 
     def branch(
@@ -57,6 +58,7 @@ class ScriptedEngine:
 
     async def _outputs(self, request_id: str, script: Script) -> AsyncIterator[Any]:
         self.in_engine.add(request_id)
+        self.most = max(self.most, len(self.in_engine))
         try:
             for position in range(script.tokens):
                 await asyncio.sleep(0)
@@ -204,6 +206,30 @@ def test_tokens_saved_are_told_by_the_mean_length_of_the_completed() -> None:
     assert played.metric("tokens_saved_total") == max(0, 50 - ended)
 
 
+def test_so_many_at_a_time_and_none_after_the_vote_is_settled() -> None:
+    scripts = [Script(box(4), 50)] * 3 + [Script(box(5), 50)] + [Script(box(4), 70)] * 6
+    played = vote(*scripts, parallel=3, early_stop=True)
+    assert played.engine.most == 3
+    # Six votes of ten decide it: the seventh sample ends the two running, and the tenth is never started.
+    assert played.block["votes"] == {"4": 6, "5": 1}
+    assert played.states() == ["completed"] * 7 + ["cancelled"] * 2
+    assert played.run.spared == 1
+    mean = 410 / 7
+    cancelled = sum(mean - tokens for tokens in played.block["completion_tokens"][7:])
+    assert played.metric("tokens_saved_total") == pytest.approx(cancelled + mean)
+    whole = vote(*scripts, parallel=3)
+    assert (whole.engine.most, whole.block["completed"], whole.metric("tokens_saved_total")) == (3, 10, 0)
+    assert whole.block["answer"] == played.block["answer"]
+    assert vote(*scripts, parallel=99).engine.most == 10
+
+
+def test_only_those_at_a_time_take_places() -> None:
+    played = Played({"type": "self_consistency", "n": 9, "parallel": 2}, ScriptedEngine(*[Script(box(1))] * 9), limit=2)
+    assert played.places.taken == 2
+    assert played.play().block["completed"] == 9
+    assert played.places.taken == 0
+
+
 def test_early_stop_waits_while_a_tie_is_possible() -> None:
     scripts = [Script(box(1), 2, logprob=-9), Script(box(1), 3, logprob=-9), Script(box(2), 40), Script(box(2), 50)]
     played = vote(*scripts, early_stop=True)
@@ -269,6 +295,7 @@ def test_it_stops_when_two_rounds_agree() -> None:
     assert played.block["answers"] == ["1", None, None, "2", "2"]
     assert played.block["answer"] == "2"
     assert played.block["no_answer"] == 2
+    assert played.metric("tokens_saved_total") == 3  # of the round that was not needed
 
 
 def test_a_round_that_fails_or_does_not_fit_leaves_the_reply_before_it() -> None:
@@ -276,6 +303,14 @@ def test_a_round_that_fails_or_does_not_fit_leaves_the_reply_before_it() -> None
     assert (failed.text, failed.states()) == (box(1), ["completed", "failed"])
     full = refine(Script("too long"), Script(box(2)))
     assert (full.text, full.block["stopped_by"]) == ("too long", "context")
+
+
+def test_a_round_that_is_cut_off_leaves_the_whole_reply_before_it() -> None:
+    cut = refine(Script(box(1)), Script("so", fails="length"), Script(box(3)))
+    assert (cut.text, cut.block["stopped_by"], cut.block["answers"]) == (box(1), "length", ["1"])
+    # One that was cut off itself is no better than the next.
+    short = refine(Script("so", fails="length"), Script("and", fails="length"), Script(box(3)))
+    assert (short.text, short.block["answers"]) == (box(3), [None, None, "3"])
 
 
 # ---- DeepConf
@@ -311,6 +346,7 @@ def test_the_least_confident_group_counts() -> None:
 def test_agreement_in_the_warm_up_makes_the_rest_unnecessary() -> None:
     played = Played({"type": "deepconf", "n": 8, "warmup": 3}, ScriptedEngine(*[Script(box(1))] * 8)).play()
     assert len(played.run.branches) == 3
+    assert played.metric("tokens_saved_total") == 5 * 3
 
 
 def test_agreement_later_ends_the_rest() -> None:
