@@ -30,7 +30,7 @@ LONG = {"max_tokens": 200, "ignore_eos": True}  # with 64 branches, longer than 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
     """Without chunked prefill, so that many seeded prompts may enter at once (docs/findings/upstream.md)."""
-    flags = ("--no-enable-chunked-prefill", "--max-num-seqs", "32", "--strategy-max-in-flight", str(IN_FLIGHT))
+    flags = ("--no-enable-chunked-prefill", "--max-num-seqs", "128", "--strategy-max-in-flight", str(IN_FLIGHT))
     with serve(*flags, "--enable-scale-out") as started:  # for a route that makes branches fail
         yield started
 
@@ -204,7 +204,7 @@ def test_a_vote_of_16_is_right_more_often_than_its_first_sample_and_early_stop_c
     tokens = [sum(answer.usage.completion_tokens for answer in answers) for answers in (whole, stopped)]
     print(f"decided {decided}; tokens {tokens[0]}, with early stop {tokens[1]}")
     assert decided > PROBLEMS / 2
-    assert tokens[1] < 0.8 * tokens[0]
+    assert tokens[1] < 0.9 * tokens[0]
 
 
 # ---- Refinement
