@@ -1,7 +1,7 @@
-"""Test-time scaling on /v1/chat/completions: each strategy is a class in a file of its own, listed here by name."""
+"""Test-time scaling on /v1/chat/completions: each strategy is a class in a file of its own, listed here."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, get_args
 
 from em_sampler.params import ParamsError, shown, validated
 from server.strategies.base import MAX_BRANCHES, MIN_BRANCHES, Strategy
@@ -10,10 +10,8 @@ from server.strategies.refinement import Refinement
 from server.strategies.self_consistency import SelfConsistency
 
 STRATEGY_KEY = "strategy"
-STRATEGIES: dict[str, type[Strategy]] = {
-    model.model_fields["type"].default: model for model in (SelfConsistency, Refinement, DeepConf)
-}
-AnyStrategy = SelfConsistency | Refinement | DeepConf  # for OpenAPI
+AnyStrategy = SelfConsistency | Refinement | DeepConf
+STRATEGIES: dict[str, type[Strategy]] = {model.model_fields["type"].default: model for model in get_args(AnyStrategy)}
 
 
 def parse_strategy(value: object, max_branches: int = MAX_BRANCHES) -> Strategy | None:
