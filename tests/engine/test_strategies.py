@@ -119,7 +119,8 @@ def test_a_stream_tells_its_progress_and_ends_as_the_whole_reply(v1: Server, str
 
 def test_usage_is_what_the_engine_counted(server: Server) -> None:
     """Cancelled branches included, streaming or not, every strategy."""
-    strategies: list[Any] = [majority(8, early_stop=True, confidence=0.7), majority(8, early_stop=True), majority(3)]
+    early_stop = {"early_stop": True, "parallel": 5}
+    strategies: list[Any] = [majority(9, **early_stop, confidence=0.7), majority(9, **early_stop), majority(3)]
     strategies += [{"type": "refinement"}, {"type": "deepconf", "n": 10, "warmup": 3, "window": 16, "keep": 0.3}]
     asked = problems("held_out", 40, seed=3)
 
