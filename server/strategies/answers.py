@@ -20,7 +20,7 @@ PATTERN_MEMORY = 1 << 20  # bytes that RE2 may use for one pattern
 _NUMBER = re.compile(r"([-+]?)(\d{1,3}(?:,\d{3})+|\d*)(?:\.(\d*))?(?:[eE]([-+]?\d{1,2}))?")
 _RATIO = re.compile(r"([-+]?)(?:\\frac\{([^{}]*)\}\{([^{}]*)\}|\\frac(\d)(\d)|([^/{}]+)/([^/{}]+))")
 # A sign counts where it is none of subtraction: at the start, after a space, a bracket or another sign.
-_IN_TEXT = re.compile(r"(?:(?<![\w)\]}.%])[-+])?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?(?:/\d+(?![\d.]))?")
+_IN_TEXT = re.compile(r"(?:(?<![\w)\]}.%])[-+])?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?(?:/\d+(?!\.?\d))?")
 _BRACE = re.compile(r"\\boxed\{|[{}]")
 _DECORATION = re.compile(r"\\(?:left|right|displaystyle|[,;:! ])|\$|~")
 _WRAPPED = re.compile(r"\\(?:text|mathrm|mathbf|textbf)\{([^{}]*)\}")

@@ -48,6 +48,8 @@ def test_different_answers_are_not() -> None:
         (Answer(type="last_number"), "it is -5.", "-5"),
         (Answer(type="last_number"), "costs 1,234.50 euros", "1234.5"),
         (Answer(type="last_number"), "about 2/3!", "2/3"),
+        (Answer(type="last_number"), "It is 1/2.", "0.5"),
+        (Answer(type="last_number"), "1/2.5", "2.5"),
         (Answer(type="last_number"), "none", None),
         (Answer(type="regex", pattern=r"answer is (\w+)"), "the answer is A. No, the answer is B.", "B"),
         (Answer(type="regex", pattern=r"\d+"), "1 22 333", "333"),
