@@ -14,7 +14,7 @@ When it says "Application startup complete", from another terminal:
 endef
 export TRY
 
-.PHONY: help install serve test bench bench-serving check format compat lock clean
+.PHONY: help install serve test bench bench-serving loadtest check format compat lock clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' Makefile
@@ -35,6 +35,9 @@ bench: install ## measure the transform, into build/bench (minutes); ARGS="--qui
 
 bench-serving: install ## output tokens/s of the server, plugin on, off and hidden; MODEL=demo, vocab151k, 0.5b or 7b (CUDA), ARGS=--quick
 	.venv/bin/python -m benchmarks.serving $(if $(MODEL),--model $(MODEL)) $(ARGS)
+
+loadtest: install ## serve the demo model and run the standard comparison on it (20 minutes), into build/loadtest/demo
+	.venv/bin/python -m benchmarks.loadtest $(ARGS)
 
 check: install ## check formatting and lint with ruff, types with mypy
 	.venv/bin/ruff format --check .

@@ -28,6 +28,7 @@ class Call:
     delivered_tokens: int | None = None  # of the reply itself; equal to output_tokens without a strategy
     em_inf: dict[str, Any] | None = None  # the first choice's statistics: entropy_before, entropy_after, tokens, ...
     strategy: dict[str, Any] | None = None
+    top_logprobs: list[list[float]] = field(default_factory=list)  # of each token's likeliest, where asked for
 
 
 @dataclass
@@ -37,7 +38,8 @@ class Item:
     index: int  # of the question in the task
     scheduled: float  # when it should have been asked
     calls: list[Call] = field(default_factory=list)
-    answer: str | None = None  # what was found in the reply, or voted
+    reply: Call | None = None  # of its calls, the one that the user has; None where none was whole
+    answer: str | None = None  # what was found in it
     correct: bool | None = None  # None where the task has no answers
 
     @property

@@ -104,7 +104,7 @@ class Comparison(BaseModel):
     reference: str
     load: str
     answers_per_second_ratio: Interval  # of the repetitions, paired: median and range
-    tokens_ratio: float  # output tokens per question
+    tokens_ratio: float | None  # output tokens per question; None without usage
     accuracy_difference: Interval | None  # paired bootstrap over questions
 
 

@@ -89,7 +89,7 @@ class ClientVote(Part):
     """Self-consistency by the client: n requests with seeds of their own, the answer of most."""
 
     n: int = Field(ge=2, le=1024)
-    answer: Answer = Answer()
+    answer: Answer | None = Field(default=None, description="How it is found; default: as the task's checker does.")
 
 
 class Arm(Part):

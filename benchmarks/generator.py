@@ -1,0 +1,88 @@
+"""What em-loadtest's generator can hold, on one core: requests in flight and chunks per second, from the mock server.
+
+`.venv/bin/python -m benchmarks.generator`. The mock has a core of its own; it sends every chunk when it is due.
+"""
+
+import argparse
+import asyncio
+import os
+import socket
+import subprocess
+import sys
+import time
+
+from loadtest import mock
+from loadtest.client import Client
+from loadtest.load import run_load
+from loadtest.records import Item
+from loadtest.scenario import Closed, Limits
+from loadtest.statistics import percentiles
+
+BODY = {"model": mock.MODEL, "messages": [{"role": "user", "content": "1+2"}]}
+BODY |= {"stream": True, "stream_options": {"include_usage": True}}
+
+
+def main() -> None:
+    """One line for each number of requests in flight."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--in-flight", type=int, nargs="+", default=[250, 500, 1000, 2000])
+    parser.add_argument("--chunks-per-second", type=float, default=5000)
+    parser.add_argument("--tokens", type=int, default=30, help="of a reply")
+    parser.add_argument("--rounds", type=int, default=2, help="replies for each place in flight")
+    options = parser.parse_args()
+    ours, theirs, *_ = [*sorted(os.sched_getaffinity(0)), *sorted(os.sched_getaffinity(0))]
+    for in_flight in options.in_flight:
+        gap = in_flight / options.chunks_per_second
+        # The first tokens are spread over a gap by the seeds' own waits: clients of a real server are not in step.
+        script = mock.Script(tokens=options.tokens, per_token=gap, first_token=gap)
+        with socket.create_server(("127.0.0.1", 0)) as probe:
+            port = probe.getsockname()[1]
+        command = [
+            sys.executable,
+            "-m",
+            "loadtest.cli",
+            "mock",
+            "--port",
+            str(port),
+            "--script",
+            script.model_dump_json(),
+        ]
+        server = subprocess.Popen(command)
+        try:
+            os.sched_setaffinity(server.pid, {theirs})
+            os.sched_setaffinity(0, {ours})
+            print(asyncio.run(measure(f"http://127.0.0.1:{port}", in_flight, options.rounds, gap)), flush=True)
+        finally:
+            server.terminate()
+            server.wait()
+
+
+async def measure(url: str, in_flight: int, rounds: int, gap: float) -> str:
+    """How it went, in words."""
+    async with Client(url, None, Limits()) as client:
+        while await client.get("/v1/models") is None:
+            await asyncio.sleep(0.1)
+        items: list[Item] = []
+
+        async def ask(index: int, due: float) -> Item:
+            if index < in_flight:
+                await asyncio.sleep(gap * index / in_flight)  # not all in step
+            items.append(Item(index, due, [await client.call(BODY | {"seed": index}, began)]))
+            return items[-1]
+
+        began, busy = time.monotonic(), time.process_time()
+        lags = await run_load(Closed(type="closed", concurrency=in_flight), range(in_flight * rounds), ask, began, 0)
+        seconds, busy = time.monotonic() - began, time.process_time() - busy
+    calls = [call for item in items for call in item.calls]
+    chunks = sum(call.chunks for call in calls)
+    lag, late = percentiles(lags), percentiles(each / gap for call in calls for each in call.gaps)
+    assert lag and late
+    return (
+        f"{in_flight} in flight: {sum(call.status == 'ok' for call in calls)} of {len(calls)} whole, "
+        f"{chunks / seconds:.0f} chunks/s; {busy / seconds:.0%} of a core; lag p50 {lag.p50 * 1000:.1f} ms, "
+        f"p99 {lag.p99 * 1000:.1f} ms; between chunks, in units of the mock's gap: p50 {late.p50:.3f}, p99 {late.p99:.3f}"
+    )
+
+
+if __name__ == "__main__":
+    main()

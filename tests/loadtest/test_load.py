@@ -1,0 +1,70 @@
+"""When questions are asked."""
+
+import asyncio
+import itertools
+import time
+
+import pytest
+
+from loadtest.load import arrivals, run_load
+from loadtest.records import Item
+from loadtest.scenario import Closed, Open
+
+
+def test_a_closed_loop_asks_as_many_at_a_time_as_it_says_each_once() -> None:
+    asked: list[int] = []
+    running, most = 0, 0
+
+    async def ask(index: int, due: float) -> Item:
+        nonlocal running, most
+        asked.append(index)
+        running += 1
+        most = max(most, running)
+        await asyncio.sleep(0.001 * (index % 3))
+        running -= 1
+        return Item(index, due)
+
+    asyncio.run(run_load(Closed(type="closed", concurrency=4), range(30), ask, time.monotonic(), 0))
+    assert sorted(asked) == list(range(30))
+    assert most == 4
+
+
+def test_arrivals_are_seeded_and_at_the_rate() -> None:
+    constant = arrivals(Open(type="constant", rate=4), 5, seed=1)
+    assert constant == [0, 0.25, 0.5, 0.75, 1.0]
+    poisson = arrivals(Open(type="poisson", rate=50), 5001, seed=1)
+    assert (
+        poisson
+        == arrivals(Open(type="poisson", rate=50), 5001, seed=1)
+        != arrivals(Open(type="poisson", rate=50), 5001, seed=2)
+    )
+    gaps = [after - before for before, after in itertools.pairwise(poisson)]
+    assert sum(gaps) / 5000 == pytest.approx(1 / 50, rel=0.05)
+    assert sum(gap < 0.01 for gap in gaps) / 5000 == pytest.approx(1 - 2.718281828**-0.5, abs=0.03)
+
+
+def test_an_open_loop_waits_for_no_answer() -> None:
+    """Twenty questions of 0.3 s each, due within 0.2 s: one after another they would take 6 s."""
+    dues: list[float] = []
+
+    async def ask(index: int, due: float) -> Item:
+        dues.append(due)
+        await asyncio.sleep(0.3)
+        return Item(index, due)
+
+    began = time.monotonic()
+    lags = asyncio.run(run_load(Open(type="constant", rate=100), range(20), ask, began, 0))
+    assert dues == pytest.approx([index / 100 for index in range(20)])
+    assert len(lags) == 20 and min(lags) >= 0
+    assert time.monotonic() - began < 5
+
+
+@pytest.mark.parametrize("load", [Closed(type="closed", concurrency=2), Open(type="constant", rate=20)])
+def test_a_generator_that_is_late_says_so(load: Closed | Open) -> None:
+    async def ask(index: int, due: float) -> Item:
+        await asyncio.sleep(0)
+        time.sleep(0.2)  # what must not happen
+        return Item(index, due)
+
+    lags = asyncio.run(run_load(load, range(5), ask, time.monotonic(), 0))
+    assert max(lags) > 0.1
