@@ -45,8 +45,8 @@ class LiveTable(Lines):
 
     def __init__(self, summarize: Callable[[Stage], StageResult], stages: int | None, output: TextIO) -> None:
         super().__init__(summarize, stages, output)
-        self.live = Live(console=Console(file=output), refresh_per_second=2, get_renderable=self.table)
         self.running: tuple[Stage, int, float] | None = None
+        self.live = Live(console=Console(file=output), refresh_per_second=2, get_renderable=self.table)
 
     def __enter__(self) -> "LiveTable":
         self.live.start()
