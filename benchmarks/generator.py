@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+from typing import Any
 
 from loadtest import mock
 from loadtest.client import Client
@@ -18,7 +19,7 @@ from loadtest.records import Item
 from loadtest.scenario import Closed, Limits
 from loadtest.statistics import percentiles
 
-BODY = {"model": mock.MODEL, "messages": [{"role": "user", "content": "1+2"}]}
+BODY: dict[str, Any] = {"model": mock.MODEL, "messages": [{"role": "user", "content": "1+2"}]}
 BODY |= {"stream": True, "stream_options": {"include_usage": True}}
 
 
@@ -80,7 +81,7 @@ async def measure(url: str, in_flight: int, rounds: int, gap: float) -> str:
     return (
         f"{in_flight} in flight: {sum(call.status == 'ok' for call in calls)} of {len(calls)} whole, "
         f"{chunks / seconds:.0f} chunks/s; {busy / seconds:.0%} of a core; lag p50 {lag.p50 * 1000:.1f} ms, "
-        f"p99 {lag.p99 * 1000:.1f} ms; between chunks, in units of the mock's gap: p50 {late.p50:.3f}, p99 {late.p99:.3f}"
+        f"p99 {lag.p99 * 1000:.1f} ms; between chunks, in the mock's gaps: p50 {late.p50:.3f}, p99 {late.p99:.3f}"
     )
 
 

@@ -40,6 +40,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ScenarioError, ValueError) as error:
         print(f"em-loadtest: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print(f"em-loadtest: interrupted; {JSONL} has the stages that had ended", file=sys.stderr)
+        return 130
     return status
 
 

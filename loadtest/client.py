@@ -72,7 +72,7 @@ class Client:
         connection = self._idle.pop() if self._idle else self._connection()
         try:
             response = await connection.get(self.root.removesuffix("/v1") + path)
-        except httpx.HTTPError:
+        except (httpx.HTTPError, httpx.InvalidURL):
             return None
         finally:
             self._idle.append(connection)

@@ -206,6 +206,7 @@ def test_a_server_that_lies_in_usage_is_found_out(tmp_path: Path) -> None:
 def test_what_is_wrong_is_one_line_and_status_2(tmp_path: Path, capsys: Any) -> None:
     assert main(["run", str(tmp_path / "none.yaml")]) == 2
     assert main(["run", str(write(tmp_path)), "--base-url", "http://127.0.0.1:9", "--out", str(tmp_path / "o")]) == 2
+    assert main(["run", str(write(tmp_path)), "--base-url", "nowhere:x", "--out", str(tmp_path / "o")]) == 2
     error = capsys.readouterr().err.splitlines()
-    assert len(error) == 2
+    assert len(error) == 3
     assert "http://127.0.0.1:9/v1/models does not answer" in error[1]
