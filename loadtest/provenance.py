@@ -51,6 +51,9 @@ async def server(client: Client, flags: str | None) -> dict[str, Any]:
         response = await client.get(path)
         if response is not None:
             said[name] = response.json()
+    if "models" in said:  # the rest are paths and permissions
+        wanted = ("id", "max_model_len")
+        said["models"] = [{key: model[key] for key in wanted if key in model} for model in said["models"]["data"]]
     if "em_inf" in said:
         said["em_inf"] = {key: said["em_inf"].get(key) for key in ("available", "default", "versions")}
     return said

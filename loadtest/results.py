@@ -98,7 +98,7 @@ class ArmResult(BaseModel):
 
 
 class Comparison(BaseModel):
-    """One arm against the reference, under one load."""
+    """One arm against a reference, under one load."""
 
     arm: str
     reference: str

@@ -176,7 +176,7 @@ class Scenario(Part):
     system: str | None = Field(default=None, description="A system message before every question.")
     request: dict[str, Any] = Field(default={}, description="Fields that every arm's requests have.")
     arms: tuple[Arm, ...] = Field(min_length=1)
-    reference: str | None = Field(default=None, description="The arm others are compared with; default: the first.")
+    references: tuple[str, ...] = Field(default=(), description="Arms all are compared with; default: the first.")
     loads: tuple[Load, ...] = Field(min_length=1)
     repetitions: int = Field(default=3, ge=1)
     warmup: int = Field(default=8, ge=0, description="Questions before each stage that are not counted.")
@@ -197,8 +197,9 @@ class Scenario(Part):
         names = [arm.name for arm in self.arms]
         if len(set(names)) < len(names):
             raise ValueError(f"arms: names must differ; got {', '.join(names)}")
-        if self.reference is not None and self.reference not in names:
-            raise ValueError(f"reference: got {self.reference!r}; arms are {', '.join(names)}")
+        for name in self.references:
+            if name not in names:
+                raise ValueError(f"references: got {name!r}; arms are {', '.join(names)}")
         for arm in self.arms:
             other = arm.match_entropy_of
             if other is not None and (other not in names or other == arm.name):
@@ -208,9 +209,9 @@ class Scenario(Part):
         return self
 
     @property
-    def compared_with(self) -> str:
-        """The reference arm's name."""
-        return self.reference or self.arms[0].name
+    def compared_with(self) -> tuple[str, ...]:
+        """The names of the arms that all are compared with."""
+        return self.references or (self.arms[0].name,)
 
     def seeds(self, repetition: int, item: int) -> Iterator[int]:
         """Of one question's requests: no two questions or repetitions share one, all arms do."""

@@ -277,9 +277,9 @@ def summarize(
     arms = [_arm(valid, scenario.price_per_hour) for valid in groups.values() if valid]
     comparisons = [
         _comparison(*pairs)
+        for reference in scenario.compared_with
         for (arm, load), valid in groups.items()
-        if arm != scenario.compared_with
-        and (pairs := _paired(valid, groups.get((scenario.compared_with, load), [])))[0]
+        if arm != reference and (pairs := _paired(valid, groups.get((reference, load), [])))[0]
     ]
     return [run.result for run in runs], arms, comparisons, failed
 

@@ -26,7 +26,8 @@ def test_arms_may_be_a_mapping_or_a_list(tmp_path: Path) -> None:
     scenario = read(tmp_path, {})
     assert [arm.name for arm in scenario.arms] == ["greedy", "sc", "plain"]
     assert read(tmp_path, {"arms": [arm.model_dump() for arm in scenario.arms]}) == scenario
-    assert scenario.compared_with == "greedy"
+    assert scenario.compared_with == ("greedy",)
+    assert read(tmp_path, {"references": ["sc", "plain"]}).compared_with == ("sc", "plain")
 
 
 @pytest.mark.parametrize(
@@ -39,7 +40,7 @@ def test_arms_may_be_a_mapping_or_a_list(tmp_path: Path) -> None:
         ({"arms": {"a": {"body": {"n": 4}}}}, "arms.a.body.n: one reply per request"),
         ({"arms": [{"name": "a"}, {"name": "a"}]}, "names must differ"),
         ({"arms": {"a": {"match_entropy_of": "b"}}}, "arms.a.match_entropy_of: got 'b'"),
-        ({"reference": "b"}, "reference: got 'b'; arms are greedy, sc, plain"),
+        ({"references": ["b"]}, "references: got 'b'; arms are greedy, sc, plain"),
         ({"task": {"type": "demos"}}, "task: "),
         ({"task": {"type": "file", "path": "x", "checker": "vibes"}}, "task.file.checker: got 'vibes'"),
         ({"loads": [{"type": "poisson", "rate": 0}]}, "loads.0.poisson.rate: got 0"),

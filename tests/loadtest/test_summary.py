@@ -380,7 +380,7 @@ def test_arms_are_compared_with_the_reference_under_the_same_load():
     loads = {"closed 2": 10.0, "closed 4": 5.0}
     stages = [stage(*answered(5, 10), arm=arm, load=load) for arm in ("plain", "em") for load in loads]
     stages.append(stage(*answered(5, 10), arm="plain", load="closed 8"))
-    _, arms, comparisons, _ = summarize(stages, scenario(reference="em"))
+    _, arms, comparisons, _ = summarize(stages, scenario(references=("em",)))
     assert [(found.arm, found.reference, found.load) for found in comparisons] == [
         ("plain", "em", "closed 2"),
         ("plain", "em", "closed 4"),
@@ -398,3 +398,13 @@ def test_without_answers_or_usage_the_speed_is_compared_all_the_same():
     _, _, (found,), _ = summarize(silent, GOOD)
     assert found.answers_per_second_ratio.value == 1.0
     assert found.accuracy_difference is None and found.tokens_ratio is None
+
+
+def test_all_are_compared_with_each_reference():
+    scenario = GOOD.model_copy(update={"references": ("plain", "em")})
+    stages = [stage(item(whole(), correct=arm == "em"), arm=arm) for arm in ("plain", "em", "vote")]
+    _, _, comparisons, _ = summarize(stages, scenario)
+    found = [(one.arm, one.reference) for one in comparisons]
+    assert found == [("em", "plain"), ("vote", "plain"), ("plain", "em"), ("vote", "em")]
+    differences = [one.accuracy_difference.value for one in comparisons if one.accuracy_difference]
+    assert differences == [1, 0, -1, -1]
