@@ -220,7 +220,7 @@ def test_code_is_right_where_its_tests_pass(python: Python) -> None:
         f"{RIGHT}raise SystemExit",
         "def double(x):\n    import os\n    os._exit(0)",
         "import os\nfor fd in range(3, 64):\n    try: os.write(fd, bytes(32))\n    except OSError: pass\nos._exit(0)",
-        f"{RIGHT}import os\nos.closerange(3, 64)",
+        f"{RIGHT}import os\nos.closerange(3, 65536)",
         f"{RIGHT}x = bytearray(8 << 30)",
         f"{RIGHT}x = []\nwhile True: x.append(bytearray(64 << 20))",
         f"{RIGHT}open('big', 'wb').write(bytes(32 << 20))",
