@@ -96,8 +96,10 @@ class Runner:
     async def _stage(self, arm: Arm, load: Closed | Open, repetition: int) -> Stage:
         offered = load.concurrency if isinstance(load, Closed) else load.rate
         stage = Stage(arm.name, load.label, offered, isinstance(load, Open), repetition)
+        # The same order, and the same times in an open loop, for every arm.
+        rng = random.Random(f"{self.scenario.seed}/{load.label}/{repetition}")
         order = [question.index for question in self.task.questions]
-        self._rng.shuffle(order)
+        rng.shuffle(order)
         await self._warm_up(arm, load, order)
         self.progress.stage_began(stage, len(order))
         before = await self._counters()
@@ -109,7 +111,7 @@ class Runner:
             self.progress.item_ended(stage, item)
             return item
 
-        stage.lags = await run_load(load, order, ask, began, self._rng.getrandbits(32))
+        stage.lags = await run_load(load, order, ask, began, rng.getrandbits(32))
         if stage.items:
             first = min(item.scheduled for item in stage.items)
             stage.seconds = max(item.ended for item in stage.items) - first

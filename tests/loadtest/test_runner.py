@@ -86,6 +86,15 @@ def test_the_order_of_arms_is_drawn_anew_in_each_repetition() -> None:
     assert len(set(orders)) > 1
 
 
+def test_in_an_open_loop_all_arms_have_the_same_arrivals_and_repetitions_others() -> None:
+    with serve(tokens=1) as served:
+        stages = run(served, loads=[{"type": "poisson", "rate": 200}], warmup=0)
+    arrivals = {
+        (stage.arm, stage.repetition): sorted((item.scheduled, item.index) for item in stage.items) for stage in stages
+    }
+    assert arrivals["a", 0] == arrivals["b", 0] != arrivals["a", 1] == arrivals["b", 1]
+
+
 def test_fields_are_laid_over_and_null_removes_one() -> None:
     with serve() as served:
         request = {"temperature": 1.0, "max_tokens": 9}
