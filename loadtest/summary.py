@@ -272,6 +272,8 @@ def summarize(
         valid = groups.setdefault((run.stage.arm, run.stage.load), [])
         if not run.result.invalid:
             valid.append(run)
+    place = {arm.name: number for number, arm in enumerate(scenario.arms)}  # they ran in another order
+    groups = dict(sorted(groups.items(), key=lambda group: place.get(group[0][0], len(place))))
     failed = [line for run in runs for line in _too_many_errors(run, scenario.limits)]
     failed += [f"{arm} under {load}: no valid repetition" for (arm, load), valid in groups.items() if not valid]
     arms = [_arm(valid, scenario.price_per_hour) for valid in groups.values() if valid]

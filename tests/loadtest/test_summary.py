@@ -408,3 +408,11 @@ def test_all_are_compared_with_each_reference():
     assert found == [("em", "plain"), ("vote", "plain"), ("plain", "em"), ("vote", "em")]
     differences = [one.accuracy_difference.value for one in comparisons if one.accuracy_difference]
     assert differences == [1, 0, -1, -1]
+
+
+def test_arms_are_told_in_the_scenarios_order_whatever_ran_first():
+    names = [arm.name for arm in GOOD.arms]
+    stages = [stage(item(whole(), correct=True), arm=arm) for arm in reversed(names)]
+    _, arms, _, _ = summarize(stages, GOOD)
+    assert [arm.arm for arm in arms] == names
+    assert len(names) > 1
