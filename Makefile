@@ -36,7 +36,7 @@ bench: install ## measure the transform, into build/bench (minutes); ARGS="--qui
 bench-serving: install ## output tokens/s of the server, plugin on, off and hidden; MODEL=demo, vocab151k, 0.5b or 7b (CUDA), ARGS=--quick
 	.venv/bin/python -m benchmarks.serving $(if $(MODEL),--model $(MODEL)) $(ARGS)
 
-loadtest: install ## serve the demo model and run the standard comparison on it (20 minutes), into build/loadtest/demo
+loadtest: install ## serve the demo model and run the standard comparison on it (8 minutes on two cores), into build/loadtest/demo
 	.venv/bin/python -m benchmarks.loadtest $(ARGS)
 
 check: install ## check formatting and lint with ruff, types with mypy
