@@ -110,13 +110,13 @@ class Slots:
         """Whether any slot's statistics are wanted token by token."""
         return any(self.shelves[number][1] for number in set(self.shelf.tolist()) - {-1})
 
-    def add(self, rows: NDArray[np.int32]) -> None:
-        """Rows of one or more steps [rows, telemetry.COLUMNS] go to the accounts that they belong to."""
-        slots, positions = rows[:, 0], rows[:, 1]
-        tokens = np.empty(len(rows), dtype=TOKEN)
+    def add(self, columns: NDArray[np.int32]) -> None:
+        """Rows of one or more steps [telemetry.COLUMNS, rows] go to the accounts that they belong to."""
+        slots, positions, before, after, steps = columns
+        tokens = np.empty(len(slots), dtype=TOKEN)
         tokens["request"], tokens["choice"], tokens["position"] = self.request[slots], self.choice[slots], positions
-        tokens["before"], tokens["after"] = rows[:, 2].view(np.float32), rows[:, 3].view(np.float32)
-        tokens["steps"] = rows[:, 4]
+        tokens["before"], tokens["after"] = before.view(np.float32), after.view(np.float32)
+        tokens["steps"] = steps
         shelf = np.where(positions < 0, -1, self.shelf[slots])
         for number in set(shelf.tolist()) - {-1}:
             account, every_token = self.shelves[number]

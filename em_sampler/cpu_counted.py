@@ -34,7 +34,7 @@ REACH = 40.0  # nats below the peak under which a value neither moves nor counts
 SMALLEST = F(-87.0)  # argument of exp32; the value of all that lies below it
 LEAST = 1.5e-36  # nats of entropy for each logit: what logits at SMALLEST may seem to add
 NOTHING = F(-1e6)  # stands in for -inf, so that no sum holds 0 * inf
-INFINITY = INT(0x7F800000)
+INFINITY, NAN = INT(0x7F800000), INT(0x7FC00000)  # a float32's bits
 BLOCK = 2048  # values summed in float32 before float64 takes over
 WORTH_THREADS = 2**18  # logits in a batch, under which waking the threads takes longer than the work
 STRIDE = 64  # codes that are skipped together where a count is empty
@@ -92,16 +92,16 @@ class CountedTransform:
     def __call__(self, logits: Tensor, params: RowParams) -> Transformed:
         """Transform `logits` [rows, vocab] float32 in place, row i by row i of `params`."""
         rows, vocab = logits.shape
-        entropies = np.full((2, rows), math.nan, dtype=np.float32)
-        steps = np.zeros(rows, dtype=np.int32)
-        if rows:
-            stride = logits.stride(0)
-            span = logits.detach().as_strided(((rows - 1) * stride + vocab,), (1,)).numpy()
-            batch = span, stride, params.values.numpy(), entropies, steps
-            threads = min(self.threads, rows) if rows * vocab >= WORTH_THREADS else 1
+        statistics = np.empty((3, rows), dtype=np.int32)
+        # Every operation of torch costs as much as a row of a small model: that of strides is for the few who need it.
+        flat = logits if logits.is_contiguous() else logits.as_strided(((rows - 1) * logits.stride(0) + vocab,), (1,))
+        batch = flat.detach().numpy().reshape(-1), logits.stride(0), params.values.numpy(), statistics
+        if rows * vocab < WORTH_THREADS:
+            _transform(0, 1, *batch, *self.workspaces[0])
+        else:
+            threads = min(self.threads, rows)
             openmp.run(partial(_transform, k, threads, *batch, *self.workspaces[k]) for k in range(threads))
-        before, after = torch.from_numpy(entropies)
-        return Transformed(logits, before, after, torch.from_numpy(steps))
+        return Transformed(logits, torch.from_numpy(statistics))
 
 
 @compiled()
@@ -111,16 +111,17 @@ def _transform(
     span: Floats,
     stride: int,
     params: Floats,
-    entropies: Floats,
-    steps: Ints,
+    statistics: Ints,
     counts: Ints,
     table: Floats,
     work: Floats,
     where: Ints,
 ) -> None:
-    vocab = work.shape[1]
+    vocab, entropies, steps = work.shape[1], statistics.view(np.float32), statistics[2]
     for i in range(first, len(params), every):
         z, p = span[i * stride : i * stride + vocab], params[i]
+        statistics[0, i] = statistics[1, i] = NAN
+        steps[i] = 0
         if p[METHOD] == NO_METHOD:
             continue
         peak, on_grid, usable = _scan(z)

@@ -3,10 +3,12 @@
 Knows nothing of requests, vLLM, or how it is computed (torch_batched.py is the reference).
 """
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,9 +26,27 @@ class Transformed(NamedTuple):
     """
 
     logits: Tensor  # [rows, vocab] float32, the tensor that was passed in
-    entropy_before: Tensor  # [rows] float32, nats
-    entropy_after: Tensor  # [rows] float32, nats
-    steps: Tensor  # [rows] int32: gradient steps taken; 1 for a row that adaptive temperature scaled
+    statistics: Tensor  # [3, rows] int32: what follows, a float by its bits, so that it travels in one piece
+
+    @classmethod
+    def of(cls, logits: Tensor, before: Tensor, after: Tensor, steps: Tensor) -> "Transformed":
+        """From the three apart, each [rows]."""
+        return cls(logits, torch.stack((before.view(torch.int32), after.view(torch.int32), steps)))
+
+    @property
+    def entropy_before(self) -> Tensor:
+        """[rows] float32, nats."""
+        return self.statistics[0].view(torch.float32)
+
+    @property
+    def entropy_after(self) -> Tensor:
+        """[rows] float32, nats."""
+        return self.statistics[1].view(torch.float32)
+
+    @property
+    def steps(self) -> Tensor:
+        """[rows] int32: gradient steps taken; 1 for a row that adaptive temperature scaled."""
+        return self.statistics[2]
 
 
 @dataclass(frozen=True)
@@ -40,7 +60,8 @@ class RowParams:
     @classmethod
     def of(cls, params: Sequence[Params | None], device: torch.device | str = "cpu") -> "RowParams":
         """One row for each entry of `params`; None leaves its row alone."""
-        values = torch.tensor([encode(p) for p in params], dtype=torch.float32).reshape(-1, len(COLUMNS))
+        rows = np.array([encode(p) for p in params], dtype=np.float32).reshape(-1, len(COLUMNS))
+        values = torch.from_numpy(rows)
         if torch.device(device).type == "cuda":
             values = values.pin_memory()  # without it, the copy would wait for the device
         return cls(values.to(device, non_blocking=True), *host_bounds(params))
@@ -54,15 +75,16 @@ class RowParams:
         return self.values[:, index : index + 1]
 
 
-def encode(params: Params | None) -> list[float]:
+@functools.lru_cache(maxsize=1024)  # a batch is encoded anew whenever a request comes or goes
+def encode(params: Params | None) -> tuple[float, ...]:
     """One row of `RowParams.values`."""
     if params is None or isinstance(params, MeasureParams):
-        return [NO_METHOD if params is None else MEASURE] + [0.0] * (len(COLUMNS) - 1)
+        return (NO_METHOD if params is None else MEASURE, *[0.0] * (len(COLUMNS) - 1))
     if isinstance(params, EMInfParams):
         adam = float(params.optimizer == "adam")
-        return [EM_INF, params.threshold, params.steps, params.learning_rate, params.kl_weight, adam, 0.0, 0.0, 0.0]
-    temperatures = [params.min_temperature, params.max_temperature]
-    return [ADAPTIVE, params.threshold, 1.0, 0.0, 0.0, 0.0, params.ratio, *temperatures]
+        return (EM_INF, params.threshold, params.steps, params.learning_rate, params.kl_weight, adam, 0.0, 0.0, 0.0)
+    temperatures = params.min_temperature, params.max_temperature
+    return (ADAPTIVE, params.threshold, 1.0, 0.0, 0.0, 0.0, params.ratio, *temperatures)
 
 
 def host_bounds(params: Sequence[Params | None]) -> tuple[int | None, bool]:

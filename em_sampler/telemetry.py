@@ -52,9 +52,10 @@ class Stage:
     """One step's statistics on their way to the host. Nothing here waits for the device but `wait`, in the thread."""
 
     def __init__(self, max_rows: int, device: torch.device) -> None:
+        self.columns: NDArray[np.int32]
         self.pinned: Tensor | None = None
         if device.type == "cuda":
-            self.pinned = torch.empty((max_rows, COLUMNS), dtype=torch.int32, pin_memory=True)
+            self.pinned = torch.empty(COLUMNS * max_rows, dtype=torch.int32, pin_memory=True)
             event = partial(torch.cuda.Event, enable_timing=True, blocking=True)
             self.events = event(), event()
 
@@ -66,19 +67,21 @@ class Stage:
 
     def end(self, slots: Tensor, positions: Tensor, done: Transformed) -> None:
         """After it: take what it returned, for rows of the given slots and positions (int32 [rows], slot -1: none)."""
-        columns = (done.entropy_before.view(torch.int32), done.entropy_after.view(torch.int32), done.steps)
-        self.rows = torch.stack((slots, positions, *columns), dim=1)
-        if self.pinned is not None:
-            self.rows = self.pinned[: len(slots)].copy_(self.rows, non_blocking=True)
+        if self.pinned is None:  # by numpy, whose operations take a third of the time of torch's
+            self.columns = np.concatenate((slots.numpy()[None], positions.numpy()[None], done.statistics.numpy()))
+        else:
+            columns = torch.cat((slots[None], positions[None], done.statistics))
+            room = self.pinned[: columns.numel()].view(columns.shape)
+            self.columns = room.copy_(columns, non_blocking=True).numpy()
             self.events[1].record()
         self.seconds += time.perf_counter()
 
     def wait(self) -> tuple[NDArray[np.int32], float]:
-        """([rows, COLUMNS], seconds the transform took)."""
+        """([COLUMNS, rows], seconds the transform took)."""
         if self.pinned is None:
-            return self.rows.cpu().numpy(), self.seconds
+            return self.columns, self.seconds
         self.events[1].synchronize()
-        return self.rows.numpy(), self.events[0].elapsed_time(self.events[1]) / 1000
+        return self.columns, self.events[0].elapsed_time(self.events[1]) / 1000
 
 
 class Telemetry:
@@ -158,12 +161,12 @@ class Telemetry:
         read = []
         for stage in stages:
             with _whatever_happens():
-                rows, seconds = stage.wait()
-                read.append(rows)
+                columns, seconds = stage.wait()
+                read.append(columns)
                 outbox.seconds += seconds
         try:
             if read:
-                slots.add(np.concatenate(read))
+                slots.add(np.concatenate(read, axis=1))
         finally:
             self.stages.extend(stages)
 

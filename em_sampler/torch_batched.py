@@ -75,7 +75,7 @@ class BatchedTransform:
                 h = self._cool(logits, rows, active[rows], params.take(rows), before[rows])
                 after[rows] = torch.where(active[rows], h, after[rows])
             steps += active
-        return Transformed(logits, before, after, steps)
+        return Transformed.of(logits, before, after, steps)
 
     def _chunks(self, wanted: Tensor) -> tuple[Tensor, ...]:
         """Row numbers (int64) in chunks that fit the workspace: those wanted, or all where asking would wait."""

@@ -59,8 +59,9 @@ class FusedTransform:
         self.counts = torch.zeros(max_rows, CELLS.value, dtype=torch.int64, device=device)  # empty between calls
         self.tangents = torch.empty_like(self.counts)  # two float32 each: the move at x = 0, and what x adds to it
         self.history = floats(HISTORY.value, 3)
-        self.before, self.after = floats(), floats()
-        self.steps = torch.empty(max_rows, dtype=torch.int32, device=device)
+        self.statistics = torch.empty(3, max_rows, dtype=torch.int32, device=device)
+        self.before, self.after = self.statistics[:2].view(torch.float32)
+        self.steps = self.statistics[2]
         self(torch.zeros(1, vocab_size, device=device), RowParams.of([None], device))
 
     def __call__(self, logits: Tensor, params: RowParams) -> Transformed:
@@ -76,7 +77,7 @@ class FusedTransform:
             entropies = (self.before, self.after)
             _solve[n,](*row, self.counts, self.tangents, self.history, *entropies, self.steps, **options)
             _move[self.splits, n](*chunks, *row, self.tangents, self.history, self.steps, **options | {"num_warps": 32})
-        return Transformed(logits, self.before[:n], self.after[:n], self.steps[:n])
+        return Transformed(logits, self.statistics[:, :n])
 
 
 @triton.jit

@@ -5,6 +5,7 @@ Contract: vllm/v1/sample/logits_processor/interface.py, vLLM 0.31 to 0.33. A row
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from vllm.config import VllmConfig
@@ -37,6 +38,7 @@ class V1Processor(LogitsProcessor):
         self.free_slots = list(range(rows))
         self.packed: RowParams | None = None  # the same for the device; None when the batch has changed since
         self.slots: Tensor  # int32 [rows], beside it
+        self.outputs: list[list[int]]  # [rows]
         self.transform = fastest_transform(vllm_config.model_config.get_vocab_size(), device, rows)
         self.telemetry = Telemetry(rows, rows, device, reports=parallel.rank % parallel.tensor_parallel_size == 0)
 
@@ -71,12 +73,12 @@ class V1Processor(LogitsProcessor):
             places = [self.places.get(row) for row in range(len(logits))]
             self.packed = RowParams.of([place and place.params for place in places], self.device)
             self.slots = self._on_device([place.slot if place else -1 for place in places])
+            self.outputs = [place.output if place else [] for place in places]
         stage = self.telemetry.begin()
         done = self.transform(logits, self.packed)
         if stage:
             # A request still in prefill samples its next token again and again: the last time counts.
-            lengths = [len(self.places[row].output) if row in self.places else -1 for row in range(len(logits))]
-            self.telemetry.end(stage, self.slots, self._on_device(lengths), done)
+            self.telemetry.end(stage, self.slots, self._on_device([*map(len, self.outputs)]), done)
         return logits
 
     def _enter(self, row: int, sampling_params: SamplingParams, output: list[int]) -> None:
@@ -94,5 +96,5 @@ class V1Processor(LogitsProcessor):
         self.free_slots.append(place.slot)
 
     def _on_device(self, values: list[int]) -> Tensor:
-        tensor = torch.tensor(values, dtype=torch.int32, pin_memory=self.device.type == "cuda")
-        return tensor.to(self.device, non_blocking=True)
+        tensor = torch.from_numpy(np.array(values, dtype=np.int32))  # sooner made than torch.tensor(values)
+        return tensor if self.device.type == "cpu" else tensor.pin_memory().to(self.device, non_blocking=True)

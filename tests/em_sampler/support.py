@@ -61,7 +61,7 @@ def on_device(form: Form) -> Form:
         result = form(there, params)
         if there is not logits:
             logits.copy_(there)
-        return Transformed(logits, *(values.cpu() for values in result[1:]))
+        return Transformed(logits, result.statistics.cpu())
 
     return moved
 

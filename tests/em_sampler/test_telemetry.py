@@ -101,7 +101,7 @@ def add(slots: Slots, *tokens: tuple[int, int, Values]) -> None:
     where, positions, values = zip(*tokens, strict=True)
     before, after, steps = (np.array(column) for column in zip(*values, strict=True))
     entropies = (column.astype(np.float32).view(np.int32) for column in (before, after))
-    slots.add(np.stack([np.array(where), np.array(positions), *entropies, steps], axis=1).astype(np.int32))
+    slots.add(np.stack([np.array(where), np.array(positions), *entropies, steps]).astype(np.int32))
 
 
 def sent(slots: Slots, channel: str = ONE) -> tuple[list[tuple[Any, ...]], Array]:
@@ -319,7 +319,7 @@ def test_a_server_gets_the_last_token_of_every_position_once(kinds: list[bool], 
 
 def test_a_stage_takes_a_step_to_the_host() -> None:
     """On CUDA (benchmarks/gpu.sh) nothing up to `end` may wait for the device."""
-    done = Transformed(
+    done = Transformed.of(
         torch.empty(0),
         torch.tensor([1.5, NAN]).to(DEVICE),
         torch.tensor([0.5, NAN]).to(DEVICE),
@@ -330,9 +330,9 @@ def test_a_stage_takes_a_step_to_the_host() -> None:
     with forbidden_to_wait():
         stage.begin()
         stage.end(slots, positions, done)
-    rows, seconds = stage.wait()
-    assert rows[:, [0, 1, 4]].tolist() == [[4, 7, 3], [-1, 0, 0]]
-    assert repr(np.ascontiguousarray(rows[:, 2:4]).view(np.float32).tolist()) == "[[1.5, 0.5], [nan, nan]]"
+    columns, seconds = stage.wait()
+    assert columns[[0, 1, 4]].tolist() == [[4, -1], [7, 0], [3, 0]]
+    assert repr(columns[2:4].view(np.float32).tolist()) == "[[1.5, nan], [0.5, nan]]"
     assert seconds > 0
 
 
@@ -383,7 +383,7 @@ def step(telemetry: Telemetry, *rows: tuple[int, int, Values]) -> Stage:
     assert stage is not None
     where, positions, values = zip(*rows, strict=True)
     before, after, steps = zip(*values, strict=True)
-    done = Transformed(torch.empty(0), torch.tensor(before), torch.tensor(after), torch.tensor(steps).int())
+    done = Transformed.of(torch.empty(0), torch.tensor(before), torch.tensor(after), torch.tensor(steps).int())
     telemetry.end(stage, torch.tensor(where).int(), torch.tensor(positions).int(), done)
     return stage
 
