@@ -17,12 +17,14 @@ from fastapi import Depends, FastAPI, Request
 from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
+from starlette.types import Receive, Scope, Send
 from vllm.engine.protocol import EngineClient
 from vllm.exceptions import VLLMClientError, VLLMValidationError
 
 from em_sampler.params import EXTRA_ARGS_KEY, MAX_STEPS, Params, ParamsError
 from em_sampler.plugin import EMInfLogitsProcessor
 from em_sampler.supported import installed_vllm
+from server.drain import Drain, drain_first, live, ready, refusal
 from server.engine import multiply, running, tallies, watch
 from server.metrics import UNKNOWN, Metrics, StrategyMetrics
 from server.protocol import MAX_IN_FLIGHT, REFINEMENT_PROMPT, Settings, apply_em_inf, chosen_strategy, with_our_fields
@@ -37,7 +39,14 @@ CHAT = SAMPLING_ROUTES[0]  # the one with strategies
 
 
 class Route(APIRoute):
-    """A route whose unreadable bodies are answered in OpenAI's shape, which vLLM gives to all errors but these."""
+    """A route that is closed while the server drains, and whose unreadable bodies are answered in OpenAI's shape, which
+    vLLM gives to all errors but these."""
+
+    async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Starlette's, from the request to the last byte of its reply, streamed or not."""
+        drain: Drain = scope["app"].state.drain
+        with drain.request() as admitted:
+            await (super().handle if admitted else refusal())(scope, receive, send)
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         """FastAPI's handler; what it cannot parse becomes vLLM's 400."""
@@ -56,7 +65,7 @@ class Route(APIRoute):
 
 
 class EMInfEndpoints:
-    """The endpoint plugin: our fields on the sampling routes, a clear refusal on the others, and `GET /v1/em_inf`."""
+    """The endpoint plugin: our fields on the sampling routes, a refusal on the others, `GET /v1/em_inf`, and probes."""
 
     name = "em_inf"
     required_tasks = None  # pooling models too: their requests are told that em_inf cannot work
@@ -75,6 +84,8 @@ class EMInfEndpoints:
             else:
                 app.router.routes[position] = _rebuilt(route, dependencies=[Depends(refuse_our_fields)])
         app.get("/v1/em_inf")(describe)
+        app.get("/health/live", response_class=Response)(live)
+        app.get("/health/ready", response_class=Response)(ready)
 
     async def init_state(self, engine_client: EngineClient | None, state: Any, args: Namespace) -> None:
         """Keep the operator's choices where the routes find them.
@@ -100,7 +111,9 @@ class EMInfEndpoints:
         state.em_inf_metrics = metrics = Metrics(model)
         state.strategy_metrics = StrategyMetrics(model, list(STRATEGIES))
         state.strategy_places = Places(getattr(args, "strategy_max_in_flight", MAX_IN_FLIGHT))
+        state.drain = Drain()
         if engine_client is not None:
+            drain_first(engine_client, state.drain)
             if not unavailable:
                 await watch(engine_client, metrics)
             multiply(engine_client)
