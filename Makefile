@@ -27,7 +27,7 @@ serve: install ## start the server; MODEL=name-or-folder (default: the demo mode
 	.venv/bin/em-serve $(MODEL) --host $(HOST) --port $(PORT) $(ARGS)
 
 test: install ## run pytest; ARGS="-m 'not engine'" leaves out the tests that start vLLM
-	@scripts/prometheus.sh
+	@scripts/test-tools.sh
 	.venv/bin/python -m pytest $(ARGS)
 
 bench: install ## measure the transform, into build/bench (minutes); ARGS="--quick", or "--rows 16 --arms ours,eager"

@@ -21,7 +21,7 @@ from tests.engine.support import ADAPTIVE, EM, UNSURE, post
 
 BIN = Path(sys.executable).parent
 PROMETHEUS, PROMTOOL = (shutil.which(tool, path=BIN) or shutil.which(tool) for tool in ("prometheus", "promtool"))
-needs_prometheus = pytest.mark.skipif(not (PROMETHEUS and PROMTOOL), reason="no prometheus: see scripts/prometheus.sh")
+needs_prometheus = pytest.mark.skipif(not (PROMETHEUS and PROMTOOL), reason="no prometheus: see scripts/test-tools.sh")
 
 METHODS = {"em_inf": EM | {"steps": 7}, "adaptive_temperature": ADAPTIVE, "none": {"method": "none"}}
 # A row of float32 logits depends on the rest of its batch in the last bits, and a token near a threshold with it.

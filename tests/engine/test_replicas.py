@@ -1,0 +1,159 @@
+"""Three servers behind a real HAProxy: one is killed under load, another told to stop; nothing is lost."""
+
+import asyncio
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import psutil
+import pytest
+
+from tests.engine.launch import API_KEY, ROOT, Server, serve
+
+HAPROXY = shutil.which("haproxy", path=Path(sys.executable).parent) or shutil.which("haproxy")
+DRAIN = ("--shutdown-timeout", "60")
+QUESTIONS = [f"{a}+{b}*3-{a}" for a in range(10, 14) for b in range(21, 27)]
+
+pytestmark = [pytest.mark.engine, pytest.mark.skipif(not HAPROXY, reason="no haproxy: see scripts/test-tools.sh")]
+
+
+@pytest.fixture(scope="module")
+def replicas(v1: Server) -> Iterator[list[Server]]:
+    """The shared server comes last: it stays."""
+    with serve(*DRAIN) as first, serve(*DRAIN) as second:
+        yield [first, second, v1]
+
+
+@pytest.fixture(scope="module")
+def balancer(replicas: list[Server], tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    addresses = {f"REPLICA_{i}": server.url.removeprefix("http://") for i, server in enumerate(replicas, 1)}
+    with (tmp_path_factory.mktemp("haproxy") / "log").open("wb") as log:
+        process = subprocess.Popen(
+            [str(HAPROXY), "-db", "-f", str(ROOT / "deploy" / "haproxy" / "haproxy.cfg")],
+            env=os.environ | addresses | {"LISTEN": address},
+            stdout=log,
+            stderr=subprocess.STDOUT,
+        )
+    try:
+        replicas[-1].until(lambda: _status(f"http://{address}/health/ready") == 200)
+        yield f"http://{address}"
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+def _status(url: str) -> int:
+    with contextlib.suppress(httpx.TransportError):
+        return httpx.get(url, timeout=5).status_code
+    return 0
+
+
+async def ask(client: openai.AsyncOpenAI, question: str, stream: bool) -> str:
+    """A greedy reply, of the same tokens whichever replica gives it.
+
+    Raises:
+        openai.APIError, httpx.TransportError: where it did not come whole.
+    """
+    settings: dict[str, Any] = {"model": "demo", "temperature": 0, "max_tokens": 60, "extra_body": {"ignore_eos": True}}
+    messages: list[Any] = [{"role": "user", "content": question}]
+    if not stream:
+        reply = await client.chat.completions.create(messages=messages, **settings)
+        return reply.choices[0].message.content or ""
+    text, ended = "", False
+    async for chunk in await client.chat.completions.create(messages=messages, stream=True, **settings):
+        text += chunk.choices[0].delta.content or ""
+        ended = ended or chunk.choices[0].finish_reason == "length"
+    if not ended:
+        raise httpx.RemoteProtocolError("the stream ended too soon")
+    return text
+
+
+async def load(url: str, midway: Callable[[], None]) -> tuple[list[str], int, int]:
+    """Every question three times, every other one streamed, twelve at a time; `midway` is called when a third is done.
+
+    Returns the replies, and how many streams and other requests the client had to send again.
+    """
+    turn, done, again = asyncio.Semaphore(12), 0, {True: 0, False: 0}
+    client = openai.AsyncOpenAI(base_url=f"{url}/v1", api_key=API_KEY, max_retries=0, timeout=120)
+
+    async def one(number: int, question: str) -> str:
+        nonlocal done
+        stream = number % 2 == 0
+        async with turn:
+            while True:
+                try:
+                    reply = await ask(client, question, stream)
+                except (openai.APIError, httpx.TransportError):
+                    again[stream] += 1
+                    assert sum(again.values()) < 40, "the same request again and again"
+                    continue
+                done += 1
+                if done == len(QUESTIONS):
+                    await asyncio.to_thread(midway)
+                return reply
+
+    async with client:
+        replies = await asyncio.gather(*(one(i, question) for i, question in enumerate(QUESTIONS * 3)))
+    return replies, again[True], again[False]
+
+
+def test_a_replica_that_is_killed_and_one_that_drains_lose_no_request(replicas: list[Server], balancer: str) -> None:
+    first, second, third = replicas
+    expected = [reply.content for reply in _alone(third)]
+
+    def kill() -> None:
+        first.until(lambda: _busy(first))
+        os.killpg(first.pid, signal.SIGKILL)
+
+    replies, streams, others = asyncio.run(load(balancer, kill))
+    assert replies == expected * 3
+    assert others == 0  # the balancer sent them again
+    assert 0 < streams <= 6  # those that the dead replica had begun: at most its share of the twelve, and a few
+
+    seen: list[int] = []
+
+    def drain() -> None:
+        second.until(lambda: _busy(second))
+        os.kill(second.pid, signal.SIGTERM)
+        deadline = time.monotonic() + 5
+        while time.monotonic() < deadline and 503 not in seen:
+            seen.append(_status(f"{second.url}/health/ready"))
+
+    replies, streams, others = asyncio.run(load(balancer, drain))
+    assert replies == expected * 3
+    assert (streams, others) == (0, 0)  # nobody noticed
+    assert seen[-1] == 503
+    assert psutil.Process(second.pid).wait(60) == 0
+
+
+def _busy(server: Server) -> bool:
+    return server.metric("vllm:num_requests_running") > 0
+
+
+def _alone(server: Server) -> list[Any]:
+    client = server.client
+    return [
+        client.chat.completions.create(
+            model="demo",
+            temperature=0,
+            max_tokens=60,
+            messages=[{"role": "user", "content": question}],
+            extra_body={"ignore_eos": True},
+        )
+        .choices[0]
+        .message
+        for question in QUESTIONS
+    ]
