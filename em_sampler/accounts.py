@@ -3,17 +3,16 @@
 Knows neither devices nor sockets; used by the one thread of telemetry.py.
 """
 
-import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from em_sampler.channels import CHANNEL
 from em_sampler.params import REPORT_KEY
 from em_sampler.records import TOKEN, TOTALS, Array, add_tokens
 
-CHANNEL = re.compile("[0-9a-f]{32}")
 WINDOW = 32  # tokens after which one is settled: neither sampled again nor found to lie past the end of its reply
 
 Ints = NDArray[np.int64]

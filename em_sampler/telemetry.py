@@ -1,19 +1,16 @@
 """Statistics leaving the worker without making it wait: from the sampler to a thread, from there to an API server.
 
-Knows slots and positions, not the engine. A request's API server is known by the name of its socket (`Report.channel`).
+Knows slots and positions, not the engine. A request's API server is known by its channel (channels.py).
 """
 
 import contextlib
 import logging
-import os
-import tempfile
 import threading
 import time
 from collections import deque
 from collections.abc import Iterator
 from functools import partial
 from itertools import groupby
-from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import cast
 
@@ -23,29 +20,19 @@ import zmq
 from numpy.typing import NDArray
 from torch import Tensor
 
+from em_sampler import channels
 from em_sampler.accounts import Account, Report, Slots
 from em_sampler.records import pack
 from em_sampler.rows import Transformed
 
 logger = logging.getLogger(__name__)
 
-FOLDER_VARIABLE = "EM_INF_TELEMETRY_DIR"  # the folder of the API servers' sockets, made by em-serve for its owner alone
-MAX_TEMPORARY = 50  # bytes; a unix socket's path has at most 107, of which a channel and the folder's name take 50
 STAGES = 256  # steps that may be under way to the thread; one more is dropped and counted
 IDLE = 0.25  # seconds between totals, and without a token after which a request counts as over: no runner tells
 # Seconds that the thread sleeps where nobody waits for a token's statistics: awake, it takes the interpreter
 # from the sampler. Far less than STAGES steps take.
 PAUSE = 0.05
 COLUMNS = 5  # slot, position, entropy before and after (as int32), steps
-
-
-@contextlib.contextmanager
-def sockets_folder() -> Iterator[str]:
-    """A new folder for the API servers' sockets, open to its owner alone."""
-    temporary = tempfile.gettempdir()
-    short_enough = len(os.fsencode(temporary)) < MAX_TEMPORARY
-    with tempfile.TemporaryDirectory(prefix="em-inf-", dir=temporary if short_enough else "/tmp") as folder:
-        yield folder
 
 
 class Stage:
@@ -89,10 +76,9 @@ class Telemetry:
 
     def __init__(self, slots: int, max_rows: int, device: torch.device, reports: bool = True) -> None:
         """`reports`: False for the tensor-parallel ranks whose samples repeat the first's."""
-        folder = os.environ.get(FOLDER_VARIABLE)
-        self.folder = Path(folder) if folder and reports else None
+        self.place = channels.place() if reports else None
         self.bound: set[int] = set()
-        self.stages = deque(Stage(max_rows, device) for _ in range(STAGES if self.folder else 0))
+        self.stages = deque(Stage(max_rows, device) for _ in range(STAGES if self.place else 0))
         self.dropped = 0  # records, since the start
         self.events: SimpleQueue[tuple[int, Report | None] | Stage] = SimpleQueue()
         self.size = slots
@@ -100,11 +86,11 @@ class Telemetry:
 
     def bind(self, slot: int, report: Report | None) -> None:
         """`slot` now holds a request with this report, or none of our business."""
-        if self.folder is None or (report is None and slot not in self.bound):
+        if self.place is None or (report is None and slot not in self.bound):
             return
         self.bound.add(slot) if report else self.bound.discard(slot)
         if self.thread is None:
-            self.thread = threading.Thread(target=self._work, args=(self.folder,), name="em_inf_telemetry", daemon=True)
+            self.thread = threading.Thread(target=self._work, args=(self.place,), name="em_inf_telemetry", daemon=True)
             self.thread.start()
         self.events.put((slot, report))
 
@@ -125,8 +111,8 @@ class Telemetry:
         stage.end(slots, positions, done)
         self.events.put(stage)
 
-    def _work(self, folder: Path) -> None:
-        slots, outbox = Slots(self.size), Outbox(folder)
+    def _work(self, place: str) -> None:
+        slots, outbox = Slots(self.size), Outbox(place)
         settled = time.monotonic()
         while True:
             waiting = any(account.waiting() for account in slots.accounts.values())
@@ -183,8 +169,8 @@ def _whatever_happens() -> Iterator[None]:
 class Outbox:
     """Sends messages to API servers. What one cannot take is lost, and counted."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, place: str) -> None:
+        self.place = place
         self.context = zmq.Context()
         self.sockets: dict[str, zmq.Socket[bytes]] = {}
         self.seconds = 0.0  # spent in the transform, not yet reported
@@ -197,17 +183,9 @@ class Outbox:
         account.tokens, account.totals = [], []
         try:
             message = pack(tokens, totals, self.seconds, dropped + self.lost - self.reported)
-            self._socket(channel).send(message, zmq.NOBLOCK)
+            if channel not in self.sockets:
+                self.sockets[channel] = channels.connect(self.context, self.place, channel)
+            self.sockets[channel].send_multipart((channel.encode(), message), zmq.NOBLOCK)
             self.seconds, self.reported = 0.0, dropped + self.lost
         except (zmq.ZMQError, FileNotFoundError):
             self.lost += sum(map(len, tokens)) + sum(map(len, totals))
-
-    def _socket(self, channel: str) -> "zmq.Socket[bytes]":
-        if channel not in self.sockets:
-            path = self.folder / channel
-            if not path.exists():
-                raise FileNotFoundError(channel)
-            self.sockets[channel] = self.context.socket(zmq.PUSH)
-            self.sockets[channel].setsockopt(zmq.LINGER, 0)
-            self.sockets[channel].connect(f"ipc://{path}")
-        return self.sockets[channel]

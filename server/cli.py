@@ -47,7 +47,7 @@ def serve(argv: list[str]) -> None:
     from vllm.entrypoints.cli.serve import ServeSubcommand
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    from em_sampler.telemetry import FOLDER_VARIABLE, sockets_folder
+    from em_sampler.channels import ADDRESS_VARIABLE, FOLDER_VARIABLE, sockets_folder
 
     command = ServeSubcommand()
     parser = FlexibleArgumentParser(prog="em-serve", description=__doc__)  # type: ignore[no-untyped-call]
@@ -68,6 +68,8 @@ def serve(argv: list[str]) -> None:
             "argument --strategy-max-branches: above --strategy-max-in-flight, so it could not be served"
         )
     command.validate(args)
+    if args.em_inf_statistics_address:
+        os.environ[ADDRESS_VARIABLE] = args.em_inf_statistics_address
     with sockets_folder() as os.environ[FOLDER_VARIABLE]:
         command.cmd(args)
 
@@ -86,6 +88,13 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
         choices=range(MAX_STEPS + 1),
         metavar="N",
         help=f"Most gradient steps per token that a request may ask for, 0 to {MAX_STEPS}.",
+    )
+    group.add_argument(
+        "--em-inf-statistics-address",
+        type=_address,
+        metavar="HOST:PORT",
+        help="Where workers on other machines send statistics: an address of the API servers' machine. API server i "
+        "listens on PORT + i; give it to em-serve on every machine. Without it, they go through sockets in a folder.",
     )
     group = parser.add_argument_group("strategy", "Several samples or rounds for one chat completion.")
     group.add_argument(
@@ -117,6 +126,16 @@ def _at_least(least: int) -> Callable[[str], int]:
         return int(text)
 
     return number
+
+
+def _address(text: str) -> str:
+    from em_sampler.channels import parse_address
+
+    try:
+        parse_address(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text
 
 
 def _default(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Params | None:

@@ -4,11 +4,9 @@ All routes reach the engine by `EngineClient.generate`; it is wrapped here, once
 """
 
 import functools
-import os
 from collections.abc import AsyncIterator
 from contextvars import ContextVar
 from copy import copy
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm.engine.protocol import EngineClient
@@ -16,9 +14,9 @@ from vllm.exceptions import GenerationError, VLLMValidationError
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.v1.engine.parallel_sampling import ParentRequest
 
+from em_sampler import channels
 from em_sampler.params import REPORT_KEY, Params, ParamsError
 from em_sampler.plugin import requested
-from em_sampler.telemetry import FOLDER_VARIABLE
 from server.metrics import Metrics
 from server.stats import GRACE, LATE, Statistics, Tally
 from server.strategies.run import Run
@@ -37,10 +35,10 @@ async def watch(engine_client: EngineClient, metrics: Metrics) -> None:
 
     Not where the server was not started by em-serve: then the workers know no socket to send statistics to.
     """
-    folder = os.environ.get(FOLDER_VARIABLE)
-    if not folder:
+    place = channels.place()
+    if not place:
         return
-    statistics = Statistics(metrics, Path(folder))
+    statistics = Statistics(metrics, place, engine_client.vllm_config.parallel_config._api_process_rank)
     _number_the_samples()
     _wrap_generate(engine_client, statistics, await _tracing(engine_client))
 

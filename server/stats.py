@@ -8,12 +8,12 @@ import itertools
 import math
 import secrets
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import zmq
 
+from em_sampler import channels
 from em_sampler.params import REPORT_KEY, Params
 from em_sampler.records import TOTALS, VALUES, add_tokens, add_totals, unpack
 from server.metrics import Metrics
@@ -69,13 +69,13 @@ class Tally:
 class Statistics:
     """The table of requests in flight, and the socket that the workers send to."""
 
-    def __init__(self, metrics: Metrics, folder: Path) -> None:
+    def __init__(self, metrics: Metrics, place: str, number: int = 0) -> None:
+        """`place`: as `channels.place` has it. `number`: this API server's, of those before one engine."""
         self.metrics = metrics
-        self.channel = secrets.token_hex(16)
+        self.channel = channels.new_channel(number)
         self.tallies: dict[int, Tally] = {}
         self.numbers = itertools.count()
-        self.socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.PULL)
-        self.socket.bind(f"ipc://{folder / self.channel}")
+        self.socket = channels.listen(zmq.Context.instance(), place, self.channel)
         self.ending: set[int] = set()  # requests that have left the engine, and whose records have not all come
         self.ticking = False
 
@@ -126,7 +126,9 @@ class Statistics:
 
     def _drain(self) -> None:
         while self.socket.poll(0):  # all: the descriptor does not tell again of what is left
-            self.receive(self.socket.recv())
+            channel, *message = self.socket.recv_multipart()
+            if secrets.compare_digest(channel, self.channel.encode()):  # by TCP anyone can send
+                self.receive(b"".join(message))
 
     def receive(self, message: bytes) -> None:
         """Take in a message's records; those of requests that are settled come too late."""

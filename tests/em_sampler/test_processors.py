@@ -16,16 +16,17 @@ from vllm.v1.sample.logits_processor.interface import BatchUpdate, MoveDirection
 from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsContext, LogitsProcRequestState
 
 from em_sampler import EMInfParams
+from em_sampler.channels import FOLDER_VARIABLE
 from em_sampler.cpu_counted import CountedTransform
 from em_sampler.params import REPORT_KEY, Params
 from em_sampler.plugin import EMInfLogitsProcessor, requested
 from em_sampler.rows import RowParams, Transformed
-from em_sampler.telemetry import FOLDER_VARIABLE, Report
+from em_sampler.telemetry import Report
 from em_sampler.vllm_v1 import V1Processor
 from em_sampler.vllm_v2 import V2Processor
 
 VOCAB, ROWS, CPU = 50, 8, torch.device("cpu")
-CHANNEL = "0" * 32
+CHANNEL = "0" * 32 + ".0"
 
 
 def config(rank: int = 0, tensor_parallel_size: int = 1) -> Any:

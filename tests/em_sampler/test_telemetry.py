@@ -3,6 +3,8 @@
 import contextlib
 import math
 import os
+import re
+import socket
 import stat
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -17,21 +19,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from em_sampler.accounts import WINDOW, Report, Slots
+from em_sampler.channels import ADDRESS_VARIABLE, FOLDER_VARIABLE, listen, parse_address, sockets_folder
 from em_sampler.params import REPORT_KEY
 from em_sampler.records import COUNTED, TOKEN, TOTALS, VALUES, Array, add_tokens, unpack
 from em_sampler.rows import Transformed
 from em_sampler.telemetry import (
-    FOLDER_VARIABLE,
     STAGES,
     Stage,
     Telemetry,
-    sockets_folder,
 )
 from server.stats import Choice
 
 CPU, NAN = torch.device("cpu"), math.nan
 DEVICE = torch.device(os.environ.get("EM_TEST_DEVICE", "cpu"))  # benchmarks/gpu.sh asks for "cuda"
-ONE, OTHER = "0123456789abcdef" * 2, "f" * 32
+ONE, OTHER = "0123456789abcdef" * 2 + ".0", "f" * 32 + ".1"
 Values = tuple[float, float, int]
 
 
@@ -360,18 +361,20 @@ def folder(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 class Server:
     """An API server's end."""
 
-    def __init__(self, folder: Path, channel: str) -> None:
-        self.socket = zmq.Context.instance().socket(zmq.PULL)
-        self.socket.bind(f"ipc://{folder / channel}")
+    def __init__(self, place: Path | str, channel: str) -> None:
+        self.channel = channel
+        self.socket = listen(zmq.Context.instance(), place if isinstance(place, str) else f"ipc://{place}", channel)
 
     def receive(self) -> tuple[Array, Array, np.void]:
         assert self.socket.poll(10_000), "nothing came"
-        return unpack(self.socket.recv())
+        channel, message = self.socket.recv_multipart()
+        assert channel.decode() == self.channel
+        return unpack(message)
 
 
 @contextlib.contextmanager
-def server(folder: Path, channel: str = ONE) -> Iterator[Server]:
-    opened = Server(folder, channel)
+def server(place: Path | str, channel: str = ONE) -> Iterator[Server]:
+    opened = Server(place, channel)
     try:
         yield opened
     finally:
@@ -562,3 +565,47 @@ def test_a_path_is_measured_in_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(tempfile, "tempdir", chosen)
         with sockets_folder() as folder, server(Path(folder)):
             assert os.path.dirname(folder) == "/tmp"
+
+
+# Between machines
+
+
+def free_ports() -> int:
+    """A port that is free, with the next one."""
+    while True:
+        with socket.socket() as first, socket.socket() as second, contextlib.suppress(OSError):
+            first.bind(("127.0.0.1", 0))
+            port: int = first.getsockname()[1]
+            second.bind(("127.0.0.1", port + 1))
+            return port
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "[::1]"])
+def test_api_servers_on_another_machine_have_a_port_each(host: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    address = f"{host}:{free_ports()}"
+    monkeypatch.setenv(ADDRESS_VARIABLE, address)
+    monkeypatch.setenv(FOLDER_VARIABLE, "/nowhere")  # em-serve makes one anyway
+    with server(f"tcp://{address}", ONE) as one, server(f"tcp://{address}", OTHER) as other:
+        telemetry = Telemetry(2, 2, CPU)
+        telemetry.bind(0, report(7, every_token=True, channel=ONE))
+        telemetry.bind(1, report(8, every_token=True, channel=OTHER))
+        step(telemetry, (0, 3, at(3)), (1, 4, at(4)))
+        assert read(one.receive()[0]) == [(7, 0, 3, *at(3))]
+        assert read(other.receive()[0]) == [(8, 0, 4, *at(4))]
+
+
+def test_an_address_that_is_another_s_stops_the_start() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        for place in (f"tcp://127.0.0.1:{taken.getsockname()[1]}", "tcp://nowhere.invalid:8600"):
+            with pytest.raises(RuntimeError, match=f"cannot listen for statistics on {re.escape(place)}: ."):
+                Server(place, ONE)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "8600", ":8600", "host", "host:", "host:0", "host:65536", "host:8x", "::1:8600", "[::1]"]
+)
+def test_what_is_no_address_is_said_to_be_none(text: str) -> None:
+    with pytest.raises(ValueError, match=r"must be HOST:PORT, with a port from 1 up to 65535"):
+        parse_address(text)

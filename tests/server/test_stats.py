@@ -14,9 +14,9 @@ from prometheus_client import CollectorRegistry
 
 from em_sampler import AdaptiveTemperatureParams, EMInfParams
 from em_sampler.accounts import Report
+from em_sampler.channels import connect, sockets_folder
 from em_sampler.params import REPORT_KEY
 from em_sampler.records import TOKEN, TOTALS, VALUES, Array, add_tokens, pack
-from em_sampler.telemetry import sockets_folder
 from server.metrics import Metrics
 from server.stats import Choice, Statistics, Tally, summary
 
@@ -37,7 +37,7 @@ def run(folder: Path, test: Callable[[Statistics], Awaitable[None]]) -> Collecto
     registry = CollectorRegistry()
 
     async def main() -> None:
-        statistics = Statistics(Metrics("m", registry), folder)
+        statistics = Statistics(Metrics("m", registry), f"ipc://{folder}")
         try:
             await test(statistics)
         finally:
@@ -329,11 +329,14 @@ def test_messages_come_by_the_socket(folder: Path, finished_first: bool) -> None
         tally.choices[0].tokens = 3
         if finished_first:
             statistics.finish(tally, NEVER)
-        socket = zmq.Context.instance().socket(zmq.PUSH)
-        socket.connect(f"ipc://{folder / statistics.channel}")
+        socket = connect(zmq.Context.instance(), f"ipc://{folder}", statistics.channel)
+        channel = statistics.channel.encode()
         try:
-            socket.send(pack([], [totals(tally.number, 0, 0, 2)], 0.25, 6))
-            socket.send(pack([records((tally.number, 0, 2, at(2)))], [], 0.25, 6))
+            # Not from our workers: whoever knows the address, or a worker of a server that was there before.
+            socket.send_multipart((b"0" * 32 + b".0", pack([], [totals(tally.number, 0, 0, 3)], 9.0, 9)))
+            socket.send(b"")
+            socket.send_multipart((channel, pack([], [totals(tally.number, 0, 0, 2)], 0.25, 6)))
+            socket.send_multipart((channel, pack([records((tally.number, 0, 2, at(2)))], [], 0.25, 6)))
             while not tally.choices[0].records:
                 await asyncio.sleep(0.01)
             statistics.finish(tally, NEVER)
