@@ -29,6 +29,7 @@ from em_sampler.telemetry import (
     Telemetry,
 )
 from server.stats import Choice
+from tests.ports import free_port
 
 CPU, NAN = torch.device("cpu"), math.nan
 DEVICE = torch.device(os.environ.get("EM_TEST_DEVICE", "cpu"))  # benchmarks/gpu.sh asks for "cuda"
@@ -570,19 +571,9 @@ def test_a_path_is_measured_in_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
 # Between machines
 
 
-def free_ports() -> int:
-    """A port that is free, with the next one."""
-    while True:
-        with socket.socket() as first, socket.socket() as second, contextlib.suppress(OSError):
-            first.bind(("127.0.0.1", 0))
-            port: int = first.getsockname()[1]
-            second.bind(("127.0.0.1", port + 1))
-            return port
-
-
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "[::1]"])
 def test_api_servers_on_another_machine_have_a_port_each(host: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    address = f"{host}:{free_ports()}"
+    address = f"{host}:{free_port(together=2)}"
     monkeypatch.setenv(ADDRESS_VARIABLE, address)
     monkeypatch.setenv(FOLDER_VARIABLE, "/nowhere")  # em-serve makes one anyway
     with server(f"tcp://{address}", ONE) as one, server(f"tcp://{address}", OTHER) as other:

@@ -4,7 +4,6 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -17,6 +16,8 @@ from typing import Any
 import httpx
 import openai
 import psutil
+
+from tests.ports import free_port
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -89,14 +90,21 @@ class Server:
 @contextlib.contextmanager
 def serve(*flags: str, runner: str = "v1", **env: str) -> Iterator[Server]:
     """em-serve with `flags` and environment variables, until the block ends."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "server.cli", *ENGINE_FLAGS, *flags, "--host", "127.0.0.1", "--port", str(port)]
+    port = free_port()
+    address = ("--host", "127.0.0.1", "--port", str(port), "--api-key", API_KEY)
+    with started(*flags, *address, runner=runner, **env) as (process, log):
+        server = Server(f"http://127.0.0.1:{port}", runner, log, process.pid)
+        _wait(server, process)
+        yield server
+
+
+@contextlib.contextmanager
+def started(*flags: str, runner: str = "v1", **env: str) -> Iterator[tuple[subprocess.Popen[bytes], Path]]:
+    """The process of an em-serve, and its log; whether it serves is not looked at."""
     log = Path(tempfile.mkstemp(prefix="em-serve-", suffix=".log")[1])
     with log.open("wb") as output:
         process = subprocess.Popen(
-            [*command, "--api-key", API_KEY],
+            [sys.executable, "-m", "server.cli", *ENGINE_FLAGS, *flags],
             env=environment(runner, **env),
             stdin=subprocess.DEVNULL,
             stdout=output,
@@ -104,9 +112,7 @@ def serve(*flags: str, runner: str = "v1", **env: str) -> Iterator[Server]:
             start_new_session=True,
         )
     try:
-        server = Server(f"http://127.0.0.1:{port}", runner, log, process.pid)
-        _wait(server, process)
-        yield server
+        yield process, log
     finally:
         _stop(process)
 

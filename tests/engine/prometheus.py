@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import json
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -18,6 +17,7 @@ import pytest
 
 from tests.engine.launch import Server
 from tests.engine.support import ADAPTIVE, EM, UNSURE, post
+from tests.ports import free_port
 
 BIN = Path(sys.executable).parent
 PROMETHEUS, PROMTOOL = (shutil.which(tool, path=BIN) or shutil.which(tool) for tool in ("prometheus", "promtool"))
@@ -57,9 +57,7 @@ def scraping(server: Server, folder: Path) -> Iterator[Prometheus]:
     target = server.url.removeprefix("http://")
     job = {"job_name": "em", "scrape_interval": "500ms", "static_configs": [{"targets": [target]}]}
     (folder / "prometheus.yml").write_text(json.dumps({"scrape_configs": [job]}))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    address = f"127.0.0.1:{free_port()}"
     options = ("--config.file", "prometheus.yml", "--storage.tsdb.path", "data", "--web.listen-address", address)
     with (folder / "log").open("wb") as log:
         process = subprocess.Popen([str(PROMETHEUS), *options], cwd=folder, stdout=log, stderr=subprocess.STDOUT)

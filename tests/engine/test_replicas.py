@@ -5,20 +5,19 @@ import contextlib
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
 import openai
-import psutil
 import pytest
 
+from tests.engine.drain import stops_in_good_order
 from tests.engine.launch import API_KEY, ROOT, Server, serve
+from tests.ports import free_port
 
 HAPROXY = shutil.which("haproxy", path=Path(sys.executable).parent) or shutil.which("haproxy")
 DRAIN = ("--shutdown-timeout", "60")
@@ -36,9 +35,7 @@ def replicas(v1: Server) -> Iterator[list[Server]]:
 
 @pytest.fixture(scope="module")
 def balancer(replicas: list[Server], tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    address = f"127.0.0.1:{free_port()}"
     addresses = {f"REPLICA_{i}": server.url.removeprefix("http://") for i, server in enumerate(replicas, 1)}
     with (tmp_path_factory.mktemp("haproxy") / "log").open("wb") as log:
         process = subprocess.Popen(
@@ -123,20 +120,9 @@ def test_a_replica_that_is_killed_and_one_that_drains_lose_no_request(replicas: 
     assert others == 0  # the balancer sent them again
     assert 0 < streams <= 6  # those that the dead replica had begun: at most its share of the twelve, and a few
 
-    seen: list[int] = []
-
-    def drain() -> None:
-        second.until(lambda: _busy(second))
-        os.kill(second.pid, signal.SIGTERM)
-        deadline = time.monotonic() + 5
-        while time.monotonic() < deadline and 503 not in seen:
-            seen.append(_status(f"{second.url}/health/ready"))
-
-    replies, streams, others = asyncio.run(load(balancer, drain))
+    replies, streams, others = asyncio.run(load(balancer, lambda: asyncio.run(stops_in_good_order(second))))
     assert replies == expected * 3
     assert (streams, others) == (0, 0)  # nobody noticed
-    assert seen[-1] == 503
-    assert psutil.Process(second.pid).wait(60) == 0
 
 
 def _busy(server: Server) -> bool:

@@ -1,5 +1,6 @@
 """Servers of other make: an operator's default and cap, speculative decoding, a pooling model."""
 
+import asyncio
 import json
 import os
 import re
@@ -12,10 +13,12 @@ from typing import Any
 import openai
 import pytest
 
-from tests.engine.launch import ENGINE_FLAGS, START_LIMIT, Server, environment, serve
+from tests.engine.drain import stops_in_good_order
+from tests.engine.launch import ENGINE_FLAGS, START_LIMIT, Server, environment, serve, started
 from tests.engine.prometheus import counters_are_the_sums_over_the_replies, needs_prometheus
 from tests.engine.support import ALL_LOGPROBS, CAPPED, EM, check
 from tests.engine.support import complete as complete_all
+from tests.ports import free_port
 
 pytestmark = pytest.mark.engine
 
@@ -62,9 +65,18 @@ def test_an_operators_default_and_cap_in_every_api_server(several: Server) -> No
 
 
 @needs_prometheus
-def test_data_parallel_engines_report_to_the_server_that_asked(tmp_path: Path) -> None:
-    with serve("--data-parallel-size", "2", "--api-server-count", "2") as server:
+def test_data_parallel_engines_of_two_machines_report_to_the_server_that_asked(tmp_path: Path) -> None:
+    """The second engine is another em-serve's, which has no API server and meets the first by TCP alone."""
+    statistics, meeting = free_port(together=2), str(free_port())
+    both = ("--em-inf-statistics-address", f"127.0.0.1:{statistics}", "--shutdown-timeout", "60")
+    both += ("--data-parallel-size", "2", "--data-parallel-size-local", "1")
+    both += ("--data-parallel-address", "127.0.0.1", "--data-parallel-rpc-port", meeting)
+    with (
+        started(*both, "--headless", "--data-parallel-start-rank", "1"),
+        serve(*both, "--api-server-count", "2") as server,
+    ):
         counters_are_the_sums_over_the_replies(server, tmp_path, requests=60)
+        asyncio.run(stops_in_good_order(server))
 
 
 def test_a_machine_without_a_compiler_answers_with_logprobs(tmp_path: Path) -> None:
