@@ -6,6 +6,7 @@ from compat.sources import METADATA, Sources
 PLUGIN, V1, V2 = "em_sampler/plugin.py", "em_sampler/vllm_v1.py", "em_sampler/vllm_v2.py"
 CLI, ENDPOINTS, PROTOCOL = "server/cli.py", "server/plugin.py", "server/protocol.py"
 ENGINE, TRACING, REPLY = "server/engine.py", "server/tracing.py", "server/reply.py"
+DRAIN = "server/drain.py"
 RUN, BASE = "server/strategies/run.py", "server/strategies/base.py"
 
 CONFIG, SAMPLING, SERVE = "vllm/config/__init__.py", "vllm/sampling_params.py", "vllm/entrypoints/cli/serve.py"
@@ -199,6 +200,7 @@ SURFACE: dict[tuple[str, str], dict[Check, str]] = {
         signature("EngineClient.abort(self, request_id)"): "ends a branch",
     },
     (ENGINE, "vllm/config/model.py"): {has("ModelConfig", "max_logprobs"): "a server's limit"},
+    (ENGINE, CONFIG): {has("VllmConfig.parallel_config", "_api_process_rank"): "which of the API servers this is"},
     (ENGINE, "vllm/exceptions.py"): {
         signature("VLLMValidationError.__init__(self, message, *, parameter=None, value=None)"): "HTTP 400",
         signature("GenerationError.__init__(self, message='Internal server error')"): "HTTP 500",
@@ -241,6 +243,23 @@ SURFACE: dict[tuple[str, str], dict[Check, str]] = {
     },
     (ENGINE, "vllm/v1/engine/async_llm.py"): {
         contains("AsyncLLM.add_request", "parent_request.get_child_info(idx)"): "how it is called",
+    },
+    # The end.
+    (DRAIN, "vllm/engine/protocol.py"): {
+        signature("EngineClient.shutdown(self, timeout=None)"): "wrapped: the drain comes first",
+        signature("EngineClient.check_health(self)"): "raises where the engine is dead",
+    },
+    (DRAIN, "vllm/entrypoints/launchers/launcher.py"): {
+        contains(
+            "serve_http",
+            "loop.add_signal_handler(signal.SIGTERM, signal_handler)",
+            "timeout = engine_client.vllm_config.shutdown_timeout",
+            "loop.run_in_executor(None, partial(engine_client.shutdown, timeout=timeout))",
+            "server.should_exit = True",
+        ): "on SIGTERM it is called in a thread, while the event loop goes on answering",
+    },
+    (DRAIN, "vllm/entrypoints/launchers/api_server/app_state.py"): {
+        contains("init_app_state", "state.engine_client = engine_client"): "where the readiness probe finds it",
     },
     (TRACING, "vllm/v1/engine/output_processor.py"): {
         signature("OutputProcessor.do_tracing(self, engine_core_output, req_state, iteration_stats)"): "made to wait",

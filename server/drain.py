@@ -14,8 +14,6 @@ from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
-from vllm.engine.protocol import EngineClient
-from vllm.v1.engine.exceptions import EngineDeadError
 
 TEARDOWN = 5.0  # seconds that the engine's processes have to end, when the drain has used up its time
 
@@ -48,8 +46,8 @@ class Drain:
             self.changed.wait_for(lambda: self.requests == 0, timeout)
 
 
-def drain_first(engine_client: EngineClient, drain: Drain) -> None:
-    """Make `engine_client.shutdown`, which vLLM calls on SIGTERM with --shutdown-timeout, drain this server first."""
+def drain_first(engine_client: Any, drain: Drain) -> None:
+    """Make vLLM's `engine_client.shutdown`, called on SIGTERM with --shutdown-timeout, drain this server first."""
     shutdown = engine_client.shutdown
 
     def drained(timeout: float | None = None) -> None:
@@ -58,7 +56,7 @@ def drain_first(engine_client: EngineClient, drain: Drain) -> None:
         drain.run(0 if _on_event_loop() else timeout or 0)
         shutdown(timeout=max(deadline - time.monotonic(), TEARDOWN) if timeout else timeout)
 
-    engine_client.shutdown = drained  # type: ignore[method-assign]
+    engine_client.shutdown = drained
 
 
 def refusal() -> Response:
@@ -82,8 +80,8 @@ async def ready(raw_request: Request) -> Response:
     try:
         if state.engine_client is not None:
             await state.engine_client.check_health()
-    except EngineDeadError:
-        return Response("the engine is dead", HTTPStatus.SERVICE_UNAVAILABLE)
+    except Exception as error:  # of vLLM's: its way to say so
+        return Response(f"{type(error).__name__}: {error}", HTTPStatus.SERVICE_UNAVAILABLE)
     return Response()
 
 
