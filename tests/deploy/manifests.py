@@ -107,24 +107,28 @@ class Manifests(list[Object]):
 
 
 def kubectl() -> str | None:
+    """Its path, where there is one."""
     return shutil.which("kubectl")
 
 
 @functools.cache
 def render(case: str) -> Manifests:
-    """What `kubectl apply -k` would send."""
+    """A case, as an operator's overlay that adds components would make it."""
     overlay, components = CASES[case]
-    with tempfile.TemporaryDirectory() as folder:  # the overlay of an operator who adds components
+    with tempfile.TemporaryDirectory() as folder:
+        here = Path(os.path.relpath(KUBERNETES, os.path.realpath(folder)))  # kustomize takes no absolute paths
         wanted = {
-            "resources": [os.path.relpath(KUBERNETES / "overlays" / overlay, os.path.realpath(folder))],
-            "components": [
-                os.path.relpath(KUBERNETES / "components" / each, os.path.realpath(folder)) for each in components
-            ],
+            "resources": [str(here / "overlays" / overlay)],
+            "components": [str(here / "components" / each) for each in components],
         }
-        Path(folder, "kustomization.yaml").write_text(yaml.safe_dump(wanted))
-        done = subprocess.run(
-            [kubectl() or "kubectl", "kustomize", folder], capture_output=True, text=True, timeout=60, check=False
-        )
+        return kustomize(Path(folder), yaml.safe_dump(wanted))
+
+
+def kustomize(folder: Path, kustomization: str) -> Manifests:
+    """What `kubectl apply -k FOLDER` would send, with this as the folder's kustomization."""
+    (folder / "kustomization.yaml").write_text(kustomization)
+    command = [kubectl() or "kubectl", "kustomize", str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
     return Manifests(yaml.safe_load_all(done.stdout))
 

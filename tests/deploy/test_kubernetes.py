@@ -17,7 +17,7 @@ from tests.deploy import manifests
 from tests.deploy.manifests import CASES, DEPLOY, KUBERNETES, Manifests, Node, Object, closed, find, parse
 
 SCHEMAS = Path(__file__).parent / "schemas"
-VERSIONS = ("1.30", "1.37")  # of Kubernetes: the oldest promised in docs/deploy.md, and the newest with a schema
+VERSIONS = ("1.29", "1.37")  # of Kubernetes: the oldest promised in docs/deploy.md, and the newest with a schema
 MARGIN = 15  # seconds for the processes to end after the last request has
 SECRET_KEYS = {"api-key", "hub-token"}
 
