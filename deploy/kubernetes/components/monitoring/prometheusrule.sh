@@ -1,0 +1,18 @@
+#!/bin/sh
+# Wraps deploy/monitoring/rules.yaml, a plain Prometheus rule file, in the object that the Prometheus Operator reads:
+# kustomize cannot. Run it when the rules have changed; a test compares the two.
+set -eu
+cd "$(dirname "$0")"
+{
+    cat <<'HEAD'
+# Made by prometheusrule.sh; do not edit.
+apiVersion: monitoring.coreos.com/v1
+kind: PrometheusRule
+metadata:
+  name: em-inf-server
+  labels:
+    app.kubernetes.io/name: em-inf-server
+spec:
+HEAD
+    sed '/^---$/d; s/^\(.\)/  \1/' ../../../monitoring/rules.yaml
+} >prometheusrule.yaml

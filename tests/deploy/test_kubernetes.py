@@ -1,0 +1,293 @@
+"""The manifests: valid, consistent with each other and with the server they start. Needs kubectl, but no cluster."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import yaml
+
+from tests.deploy import manifests
+from tests.deploy.manifests import CASES, DEPLOY, KUBERNETES, Manifests, Node, Object, closed, find, parse
+
+SCHEMAS = Path(__file__).parent / "schemas"
+VERSIONS = ("1.29", "1.37")  # of Kubernetes: the oldest promised in docs/deploy.md, and the newest with a schema
+MARGIN = 15  # seconds for the processes to end after the last request has
+SECRET_KEYS = {"api-key", "hub-token"}
+
+needs_kubectl = pytest.mark.skipif(manifests.kubectl() is None, reason="no kubectl here to render the manifests with")
+every_case = pytest.mark.parametrize("case", CASES)
+
+
+@pytest.fixture
+def rendered(case: str) -> Manifests:
+    return manifests.render(case)
+
+
+def seconds(probe: Object) -> int:
+    return int(probe["periodSeconds"] * probe["failureThreshold"])
+
+
+def selects(labels: Mapping[str, str], node: Node) -> bool:
+    return labels.items() <= node.labels.items()
+
+
+def schema(name: str) -> Any:
+    return closed(yaml.safe_load((SCHEMAS / f"{name}.yaml").read_text()))
+
+
+def test_every_overlay_and_component_is_rendered_by_a_case():
+    folders = {each.parent.name for each in KUBERNETES.glob("*/*/kustomization.yaml")}
+    used = {name for overlay, components in CASES.values() for name in (overlay, *components)}
+    assert folders - used == {"gpu", "leader-worker"}  # parts of overlays
+
+
+@needs_kubectl
+@every_case
+@pytest.mark.parametrize("version", VERSIONS)
+def test_every_object_is_valid(rendered: Manifests, version: str):
+    kubernetes_validate = pytest.importorskip("kubernetes_validate", reason="no kubernetes-validate here")
+    for each in rendered:
+        if (SCHEMAS / f"{each['kind'].lower()}.yaml").exists():
+            jsonschema.validate(each, schema(each["kind"].lower()))
+        else:
+            kubernetes_validate.validate(each, version, strict=True)
+    for node in rendered.nodes():
+        pod = {"apiVersion": "v1", "kind": "Pod", "metadata": node.template["metadata"], "spec": node.spec}
+        kubernetes_validate.validate(pod, version, strict=True)
+
+
+@needs_kubectl
+@every_case
+def test_em_serve_takes_its_arguments_and_they_fit_the_pod(rendered: Manifests):
+    for node in rendered.nodes():
+        arguments = rendered.arguments(node)
+        assert not any("$(" in argument for argument in arguments), arguments
+        args = parse(arguments)
+        ports = [port["containerPort"] for port in node.server.get("ports", [])]
+        assert ports == ([] if args.headless else [args.port])
+        assert args.headless == (node.rank > 0)
+        assert (args.nnodes, args.node_rank) == (node.size, node.rank)
+        assert args.tensor_parallel_size * args.pipeline_parallel_size == max(1, node.gpus) * node.size
+        assert args.tensor_parallel_size == max(1, node.gpus)  # within a machine
+        assert (args.model_tag == rendered.environment(node).get("MODEL")) or node.gpus == 0
+        if node.size > 1:
+            assert args.master_addr == rendered.environment(node)["LWS_LEADER_ADDRESS"]
+            assert args.em_inf_statistics_address == f"{args.master_addr}:8600"
+
+
+@needs_kubectl
+@every_case
+def test_the_grace_period_covers_the_drain(rendered: Manifests):
+    leaders = [node for node in rendered.nodes() if node.rank == 0]
+    timeouts = {parse(rendered.arguments(node)).shutdown_timeout for node in rendered.nodes()}
+    (timeout,) = timeouts
+    assert timeout >= 60
+    for node in rendered.nodes():
+        command, told = node.server["lifecycle"]["preStop"]["exec"]["command"]
+        assert command == "sleep"
+        # A worker ends at once when told: it has to be told when the leader has drained.
+        drained = int(told) + timeout if node.rank == 0 else int(told)
+        assert node.spec["terminationGracePeriodSeconds"] >= drained + MARGIN
+        if node.rank > 0:
+            (leader,) = (each for each in leaders if each.workload is node.workload)
+            assert int(told) >= int(leader.server["lifecycle"]["preStop"]["exec"]["command"][1]) + timeout
+
+
+@needs_kubectl
+@every_case
+def test_probes_and_ports_are_those_of_the_server(rendered: Manifests):
+    for node in rendered.nodes():
+        server = node.server
+        probes = {name: server.get(f"{name}Probe") for name in ("startup", "readiness", "liveness")}
+        if node.rank > 0:
+            assert not any(probes.values()) and "ports" not in server  # it answers no HTTP
+            continue
+        paths = {name: (probe["httpGet"]["path"], probe["httpGet"]["port"]) for name, probe in probes.items()}
+        assert paths == {
+            "startup": ("/health/ready", "http"),
+            "readiness": ("/health/ready", "http"),
+            "liveness": ("/health/live", "http"),
+        }
+        assert [port["name"] for port in server["ports"]] == ["http"]
+        # A model's weights come over a network; then the rollout must not be called a failure before the start is.
+        assert seconds(probes["startup"]) >= (30 * 60 if node.gpus else 60)
+        if node.workload["kind"] == "Deployment":
+            assert node.workload["spec"].get("progressDeadlineSeconds", 600) > seconds(probes["startup"])
+        assert seconds(probes["readiness"]) <= 10 < seconds(probes["liveness"])
+    (port,) = rendered.one("Service")["spec"]["ports"]
+    assert (port["name"], port["targetPort"]) == ("http", "http")
+    policy = rendered.one("NetworkPolicy")["spec"]
+    assert [rule["ports"] for rule in policy["ingress"] if "ports" in rule] == [[{"port": "http"}]]
+    for monitor in rendered.of("ServiceMonitor"):
+        assert [(each["port"], each["path"]) for each in monitor["spec"]["endpoints"]] == [("http", "/metrics")]
+        service = rendered.one("Service")["metadata"]
+        assert monitor["spec"]["selector"]["matchLabels"].items() <= service["labels"].items()
+        assert f'job="{service["name"]}"' in (KUBERNETES / "components/keda/scaledobject.yaml").read_text()
+
+
+@needs_kubectl
+@every_case
+def test_selectors_find_their_pods_and_no_others(rendered: Manifests):
+    nodes = rendered.nodes()
+    service = rendered.one("Service")["spec"]["selector"]
+    assert [selects(service, node) for node in nodes] == [node.rank == 0 for node in nodes]
+    for kind, path in (("PodDisruptionBudget", "selector"), ("NetworkPolicy", "podSelector")):
+        labels = rendered.one(kind)["spec"][path]["matchLabels"]
+        assert all(selects(labels, node) for node in nodes), kind
+    for node in nodes:
+        if node.workload["kind"] == "Deployment":
+            assert selects(node.workload["spec"]["selector"]["matchLabels"], node)
+        else:  # a group has a headless Service of its own name
+            assert node.workload["metadata"]["name"] != rendered.one("Service")["metadata"]["name"]
+        if node.rank == 0:
+            assert all(
+                selects(each["labelSelector"]["matchLabels"], node) for each in node.spec["topologySpreadConstraints"]
+            )
+    group = [rule for rule in rendered.one("NetworkPolicy")["spec"]["ingress"] if "ports" not in rule]
+    if any(node.size > 1 for node in nodes):  # its members reach each other on any port, and nobody else does
+        ((peers,),) = (rule["from"] for rule in group)
+        assert set(peers) == {"podSelector"}
+        assert all(selects(peers["podSelector"]["matchLabels"], node) for node in nodes)
+    else:
+        assert not group
+
+
+@needs_kubectl
+@every_case
+def test_what_is_referred_to_exists_and_secrets_are_only_referred_to(rendered: Manifests):
+    assert not rendered.of("Secret")
+    existing = {(each["kind"], each["metadata"]["name"]) for each in rendered}
+    for node in rendered.nodes():
+        spec = node.spec
+        assert ("ServiceAccount", spec["serviceAccountName"]) in existing
+        claims = {each["claimName"] for each in find(spec, "persistentVolumeClaim")}
+        owned = {name for kind, name in existing if kind == "PersistentVolumeClaim"}
+        assert claims == owned or (claims == {"models"} and not owned)  # the last is the operator's own
+        assert {mount["name"] for mount in node.server["volumeMounts"]} == {
+            volume["name"] for volume in spec["volumes"]
+        }
+        for secret in find(spec, "secretKeyRef"):
+            assert secret["name"] == "em-inf-server" and secret["key"] in SECRET_KEYS
+            assert secret.get("optional", False) == (secret["key"] == "hub-token")  # without its key, no server starts
+    for text in (path.read_text() for path in DEPLOY.rglob("*.yaml")):
+        assert "stringData" not in text and "kind: Secret" not in text
+
+
+@needs_kubectl
+@every_case
+def test_images_are_this_projects_and_pinned(rendered: Manifests):
+    for node in rendered.nodes():
+        name, tag = node.server["image"].split(":")
+        assert (name, tag) == ("em-inf-server", "cuda" if node.gpus else "cpu")
+        assert "command" not in node.server  # the image's entrypoint is em-serve, which gets the signals
+
+
+@needs_kubectl
+@every_case
+def test_pods_are_hardened_and_can_still_write_where_they_must(rendered: Manifests):
+    account = rendered.one("ServiceAccount")
+    assert account["automountServiceAccountToken"] is False
+    for node in rendered.nodes():
+        pod, server = node.spec["securityContext"], node.server["securityContext"]
+        assert node.spec["automountServiceAccountToken"] is False
+        assert pod["runAsNonRoot"] and (pod["runAsUser"], pod["runAsGroup"], pod["fsGroup"]) == (10001, 10001, 10001)
+        assert pod["seccompProfile"] == {"type": "RuntimeDefault"}
+        assert server["readOnlyRootFilesystem"] and not server["allowPrivilegeEscalation"]
+        assert server["capabilities"] == {"drop": ["ALL"]}
+        mounts = {mount["mountPath"]: mount["name"] for mount in node.server["volumeMounts"]}
+        assert set(mounts) == {"/models", "/dev/shm", "/tmp", "/home/em"}
+        volumes = {volume["name"]: volume for volume in node.spec["volumes"]}
+        assert volumes[mounts["/dev/shm"]]["emptyDir"]["medium"] == "Memory"
+        resources = node.server["resources"]
+        assert resources["limits"]["memory"] == resources["requests"]["memory"]  # what is not there cannot be lent
+        assert "cpu" in resources["requests"] and "cpu" not in resources["limits"]
+        shm = volumes[mounts["/dev/shm"]]["emptyDir"]["sizeLimit"]
+        assert shm == (f"{2 * node.gpus}Gi" if node.gpus else "1Gi")
+
+
+@needs_kubectl
+@pytest.mark.parametrize("case", ["keda", "hpa"])
+def test_autoscaling_drains_and_asks_for_metrics_that_exist(rendered: Manifests, case: str):
+    deployment = rendered.one("Deployment")
+    assert "replicas" not in deployment["spec"]  # or each `kubectl apply` would set it back
+    autoscaler = rendered.one("ScaledObject" if case == "keda" else "HorizontalPodAutoscaler")
+    assert autoscaler["spec"]["scaleTargetRef"]["name"] == deployment["metadata"]["name"]
+    (down,) = find(autoscaler, "scaleDown")
+    grace = deployment["spec"]["template"]["spec"]["terminationGracePeriodSeconds"]
+    assert down["stabilizationWindowSeconds"] > grace
+    assert [(each["type"], each["value"], each["periodSeconds"] > grace) for each in down["policies"]] == [
+        ("Pods", 1, True)
+    ]
+
+    vllm = importlib.util.find_spec("vllm")
+    assert vllm is not None and vllm.origin is not None
+    source = Path(vllm.origin).with_name("v1").joinpath("metrics", "loggers.py").read_text()
+    rules = yaml.safe_load((KUBERNETES / "components/hpa/prometheus-adapter.yaml").read_text())["rules"]["custom"]
+    asked = list(find(autoscaler, "query")) if case == "keda" else [rule["seriesQuery"] for rule in rules]
+    metrics = [query.split("(")[-1].split("{")[0] for query in asked]
+    assert metrics == ["vllm:num_requests_waiting", "vllm:kv_cache_usage_perc"]
+    assert all(f'name="{metric}"' in source for metric in metrics)
+    if case == "hpa":
+        assert [each["metric"]["name"] for each in find(autoscaler, "pods")] == [rule["name"]["as"] for rule in rules]
+
+
+@needs_kubectl
+@pytest.mark.parametrize("case", ["keda"])
+def test_rules_and_dashboard_are_those_of_deploy_monitoring(rendered: Manifests):
+    rules = yaml.safe_load((DEPLOY / "monitoring/rules.yaml").read_text())
+    assert rendered.one("PrometheusRule")["spec"] == rules, "run components/monitoring/prometheusrule.sh"
+    (dashboard,) = (each for each in rendered.of("ConfigMap") if "grafana_dashboard" in each["metadata"]["labels"])
+    ((_, text),) = dashboard["data"].items()
+    assert json.loads(text) == json.loads((DEPLOY / "monitoring/dashboard.json").read_text())
+    assert len(json.dumps(dashboard)) < 262144  # bytes, what `kubectl apply` can note in an annotation
+
+
+def test_values_of_the_production_stack():
+    values = yaml.safe_load((DEPLOY / "production-stack/values.yaml").read_text())
+    jsonschema.validate(values, schema("production-stack"))
+    engine = values["servingEngineSpec"]
+    (model,) = engine["modelSpec"]
+    assert (model["repository"], model["tag"]) == ("em-inf-server", "cuda")
+    mounts = {mount["mountPath"] for mount in model["extraVolumeMounts"]}
+    assert {"/tmp", "/home/em", "/usr/local/sbin/vllm"} <= mounts
+    assert {mount["name"] for mount in model["extraVolumeMounts"]} == {each["name"] for each in model["extraVolumes"]}
+    assert engine["containerSecurityContext"]["readOnlyRootFilesystem"]
+    assert engine["vllmApiKey"] == {"secretName": "em-inf-server", "secretKey": "api-key"}
+    assert [engine[f"{name}Probe"]["httpGet"]["path"] for name in ("startup", "readiness", "liveness")] == [
+        "/health/ready",
+        "/health/ready",
+        "/health/live",
+    ]
+
+
+def test_the_charts_fixed_command_starts_em_serve(tmp_path: Path):
+    """`vllm serve MODEL ...` as the chart's template has it, where the ConfigMap's `vllm` is found first."""
+    values = yaml.safe_load((DEPLOY / "production-stack/values.yaml").read_text())
+    (model,) = values["servingEngineSpec"]["modelSpec"]
+    config, port = model["vllmConfig"], str(values["servingEngineSpec"]["containerPort"])
+    command = ["vllm", "serve", model["modelURL"], "--host", "0.0.0.0", "--port", port, "--enable-prefix-caching"]
+    command += ["--max-model-len", str(config["maxModelLen"])]
+    command += ["--tensor-parallel-size", str(config["tensorParallelSize"]), *config["extraArgs"]]
+    config_map = yaml.safe_load((DEPLOY / "production-stack/em-serve.yaml").read_text())
+    (volume,) = (each for each in model["extraVolumes"] if "configMap" in each)
+    assert volume["configMap"]["name"] == config_map["metadata"]["name"]
+    for name, text in {
+        "vllm": config_map["data"]["vllm"],
+        "em-serve": f"#!{sys.executable}\nimport json, sys\nprint(json.dumps(sys.argv[1:]))\n",
+    }.items():
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(volume["configMap"]["defaultMode"])
+    env = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    started = subprocess.run(command, env=env, capture_output=True, text=True, timeout=30, check=True)
+    args = parse(json.loads(started.stdout))
+    assert (args.model_tag, args.port, args.max_model_len) == (model["modelURL"], int(port), config["maxModelLen"])
+    assert 0 < args.shutdown_timeout <= 30 - 10  # the chart leaves Kubernetes' grace period of 30 s
+    refused = subprocess.run(["vllm", "bench"], env=env, capture_output=True, text=True, timeout=30, check=False)
+    assert refused.returncode == 2 and "only serves" in refused.stderr
