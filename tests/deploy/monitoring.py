@@ -36,9 +36,9 @@ def panels() -> list[dict[str, Any]]:
     return [panel for panel in everything if panel["type"] != "row"]
 
 
-def queries(rate_interval: str) -> list[str]:
-    """Those of the dashboard as Grafana sends them where all is chosen."""
-    values = {"$__rate_interval": rate_interval, "$namespace": ".*", "$model": ".*"}
+def queries(rate_interval: str, model: str = ".*") -> list[str]:
+    """Those of the dashboard as Grafana sends them where all namespaces, and all models or one, are chosen."""
+    values = {"$__rate_interval": rate_interval, "$namespace": ".*", "$model": model}
     found = [target["expr"] for panel in panels() for target in panel["targets"]]
     for name, value in values.items():
         found = [query.replace(name, value) for query in found]
