@@ -12,7 +12,7 @@ import yaml
 
 MONITORING = Path(__file__).parents[2] / "deploy" / "monitoring"
 PROMTOOL = shutil.which("promtool", path=Path(sys.executable).parent) or shutil.which("promtool")
-needs_promtool = pytest.mark.skipif(PROMTOOL is None, reason="no promtool: see scripts/prometheus.sh")
+needs_promtool = pytest.mark.skipif(PROMTOOL is None, reason="no promtool: see scripts/test-tools.sh")
 
 # What is no metric in PromQL: strings, labels and their lists, ranges; then words, and functions before their bracket.
 NOT_NAMES = (r'"[^"]*"', r"\{[^}]*\}", r"\[[^]]*\]", r"\b(by|without|on|ignoring|group_left|group_right)\s*\([^)]*\)")
