@@ -37,26 +37,28 @@ class Prometheus:
     def scraped(self) -> Counter[tuple[str, str]]:
         """Our series as of the next scrape, summed by name and method (without one: by outcome, or "")."""
         asked = time.time()
-        while float(([*self._query("timestamp(up)")] or [{"value": [0, 0]}])[0]["value"][1]) < asked:
+        while float(([*self.query("timestamp(up)")] or [{"value": [0, 0]}])[0]["value"][1]) < asked:
             time.sleep(0.1)
             assert time.time() < asked + 30, "no scrape came"
         sums: Counter[tuple[str, str]] = Counter()
-        for series in self._query('{__name__=~"em_inf_.*"}'):
+        for series in self.query('{__name__=~"em_inf_.*"}'):
             labels = series["metric"]
             key = labels.get("outcome", labels.get("method", "")) if "le" not in labels else "buckets"
             sums[labels["__name__"], key] += float(series["value"][1])
         return sums
 
-    def _query(self, query: str) -> list[dict[str, Any]]:
+    def query(self, query: str) -> list[dict[str, Any]]:
+        """The series that answer it now."""
         result: list[dict[str, Any]] = self.http.get("/api/v1/query", params={"query": query}).json()["data"]["result"]
         return result
 
 
 @contextlib.contextmanager
-def scraping(server: Server, folder: Path) -> Iterator[Prometheus]:
+def scraping(server: Server, folder: Path, name: str = "em", **config: Any) -> Iterator[Prometheus]:
+    """Under the job `name`, with what else Prometheus' configuration is to have."""
     target = server.url.removeprefix("http://")
-    job = {"job_name": "em", "scrape_interval": "500ms", "static_configs": [{"targets": [target]}]}
-    (folder / "prometheus.yml").write_text(json.dumps({"scrape_configs": [job]}))
+    job = {"job_name": name, "scrape_interval": "500ms", "static_configs": [{"targets": [target]}]}
+    (folder / "prometheus.yml").write_text(json.dumps({"scrape_configs": [job]} | config))
     address = f"127.0.0.1:{free_port()}"
     options = ("--config.file", "prometheus.yml", "--storage.tsdb.path", "data", "--web.listen-address", address)
     with (folder / "log").open("wb") as log:

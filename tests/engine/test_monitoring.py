@@ -1,0 +1,84 @@
+"""The rules and the dashboard's queries in a real Prometheus that scrapes a real server."""
+
+import json
+import re
+import time
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.deploy.monitoring import groups, names, queries, rules
+from tests.engine.launch import Server
+from tests.engine.prometheus import Prometheus, load, needs_prometheus, scraping
+
+pytestmark = pytest.mark.engine
+
+JOB = "em-inf-server"
+
+
+def faster(folder: Path) -> str:
+    """The rules, evaluated twice a second and not every minute."""
+    file = folder / "rules.json"  # which is YAML too
+    file.write_text(json.dumps({"groups": [group | {"interval": "500ms"} for group in groups()]}))
+    return file.name
+
+
+def evaluated(prometheus: Prometheus) -> list[dict[str, Any]]:
+    """All rules, each evaluated after this call."""
+    asked = time.time()
+    while True:
+        found = prometheus.http.get("/api/v1/rules").json()["data"]["groups"]
+        if found and all(datetime.fromisoformat(group["lastEvaluation"]).timestamp() > asked for group in found):
+            return [rule for group in found for rule in group["rules"]]
+        time.sleep(0.2)
+        assert time.time() < asked + 60, "the rules are not evaluated"
+
+
+@needs_prometheus
+def test_rules_and_dashboard_on_a_server_under_load(v1: Server, tmp_path: Path) -> None:
+    with scraping(v1, tmp_path, JOB, rule_files=[faster(tmp_path)]) as prometheus:
+        load(v1, ["none"], 12)
+        prometheus.scraped()
+        load(v1, ["none"], 12)
+        prometheus.scraped()
+        found = evaluated(prometheus)
+
+        assert len(found) == len(rules())
+        assert [(rule["name"], rule["lastError"]) for rule in found if rule["health"] != "ok"] == []
+        # Windows of hours and days are there too, of the data that there is. For a mean it takes 10,000 tokens.
+        recorded = {rule["name"] for rule in found if rule["type"] == "recording" and prometheus.query(rule["name"])}
+        assert {rule["record"] for rule in rules() if "record" in rule} - recorded <= {
+            *(
+                "em_inf:entropy_before_nats:mean6h",
+                "em_inf:optimized_tokens:share1h",
+                "em_inf:optimized_tokens:share1d",
+            ),
+            "em_inf:requests_bad_enough:6h",
+        }
+        served = {one["metric"]["sli"] for one in prometheus.query("em_inf:requests:rate5m > 0")}
+        assert served == {"first_token", "http", "em_inf"}
+        assert {one["value"][1] for one in prometheus.query('em_inf:budget_burn:1h{sli!="first_token"}')} == {"0"}
+        assert 0 < float(prometheus.query("em_inf:transform:share5m")[0]["value"][1]) < 1
+
+        # It is up, it works, and nobody says that it does not.
+        loud = {
+            alert["labels"]["alertname"] for alert in prometheus.http.get("/api/v1/alerts").json()["data"]["alerts"]
+        }
+        assert not loud & {"EmInfNoServerUp", "EmInfServerDown", "EmInfEngineStalled", "EmInfErrorBudgetBurn"}
+
+        # No panel is empty where the model is chosen.
+        assert [query for query in queries("1m", model="demo") if not prometheus.query(query)] == []
+
+
+def test_what_the_rules_and_the_dashboard_ask_for_is_on_the_page(v1: Server) -> None:
+    v1.http.post("/v1/completions", json={"model": "demo", "prompt": "1", "max_tokens": 1}).raise_for_status()
+    page = httpx.get(f"{v1.url}/metrics", timeout=30).text
+    shown = {line.split("{")[0].split(" ")[0] for line in page.splitlines() if not line.startswith("#")}
+    recorded = {rule["record"] for rule in rules() if "record" in rule}
+    asked = set().union(*(names(rule["expr"]) for rule in rules()), *map(names, queries("5m")))
+    assert asked - recorded - {"up"} - shown == set()
+    (bound,) = {found for rule in rules() for found in re.findall(r'le="([^"]+)"', rule["expr"])}
+    assert f'vllm:time_to_first_token_seconds_bucket{{engine="0",le="{bound}"' in page  # the objective is a bucket
