@@ -7,22 +7,28 @@ ARG PYTHON_IMAGE=python:3.11.15-slim-bookworm
 # The newest release that `make compat` has checked.
 ARG VLLM_IMAGE=vllm/vllm-openai:v0.33.0
 
-# What is slow and seldom changes comes first: packages, then the project.
+# What of this repository is installed, and how.
+FROM scratch AS source
+COPY scripts/image-project.sh scripts/pinned.sh /scripts/
+COPY requirements/cpu.lock requirements/cuda.lock /requirements/
+COPY pyproject.toml README.md LICENSE /
+COPY em_sampler /em_sampler
+COPY server /server
+COPY loadtest /loadtest
+COPY demo /demo
+
+# Packages first: they take minutes and seldom change.
 FROM ${PYTHON_IMAGE} AS cpu-build
 WORKDIR /src
 COPY scripts/image-packages.sh scripts/pinned.sh scripts/
 COPY requirements/cpu.lock requirements/cpu-dev.lock requirements/torch-cpu.txt requirements/
 RUN ["scripts/image-packages.sh", "/opt/em", "cpu"]
-COPY scripts/image-project.sh scripts/
-COPY pyproject.toml README.md LICENSE ./
-COPY em_sampler em_sampler
-COPY server server
-COPY loadtest loadtest
-COPY demo demo
-RUN ["scripts/image-project.sh", "/opt/em/bin/python", "cpu"]
+COPY --from=source / /source
+RUN ["/source/scripts/image-project.sh", "/opt/em/bin/python", "cpu"]
 
 FROM ${PYTHON_IMAGE} AS cpu
-RUN --mount=type=bind,source=scripts,target=/scripts ["/scripts/image-system.sh", "libnuma1"]
+COPY scripts/image-system.sh /usr/local/sbin/
+RUN ["image-system.sh", "libnuma1"]
 COPY --from=cpu-build /opt/em /opt/em
 # There is no compiler here, so what torch would compile has to run as it is written: vLLM takes both for that.
 ENV PATH=/opt/em/bin:$PATH TORCHDYNAMO_DISABLE=1 VLLM_USE_AOT_COMPILE=0
@@ -43,8 +49,10 @@ CMD ["--host", "0.0.0.0", "--port", "8000"]
 
 FROM ${VLLM_IMAGE} AS cuda
 USER 0
-RUN --mount=type=bind,source=scripts,target=/scripts ["/scripts/image-system.sh"]
-RUN --mount=type=bind,target=/context,rw ["/context/scripts/image-project.sh", "python3", "cuda"]
+COPY scripts/image-system.sh /usr/local/sbin/
+RUN ["image-system.sh"]
+COPY --from=source / /opt/em-inf-server
+RUN ["/opt/em-inf-server/scripts/image-project.sh", "python3", "cuda"]
 # What torch compiles is loaded from there; a /tmp that is mounted apart often forbids it.
 ENV TORCHINDUCTOR_CACHE_DIR=/home/em/.cache/torchinductor
 ENV PYTHONUNBUFFERED=1 HOME=/home/em HF_HOME=/models VLLM_NO_USAGE_STATS=1 DO_NOT_TRACK=1

@@ -24,16 +24,17 @@ for requirement in map(Requirement, tomllib.load(open("pyproject.toml", "rb"))["
         print(requirement.name)'
 }
 
+folder=$(mktemp -d)
+trap 'rm -rf "$folder"' EXIT
 missing=$(unmet)
 if [ -n "$missing" ]; then
-    file=$(mktemp)
-    trap 'rm -f "$file"' EXIT
     # shellcheck disable=SC2086 # one argument for each name
-    scripts/pinned.sh "requirements/$build.lock" $missing >"$file"
-    pip install -qq --no-deps --require-hashes --only-binary :all: -r "$file"
+    scripts/pinned.sh "requirements/$build.lock" $missing >"$folder/missing.txt"
+    pip install -qq --no-deps --require-hashes --only-binary :all: -r "$folder/missing.txt"
     [ -z "$(unmet)" ] || { echo "image-project: still unmet: $(unmet)" >&2; exit 1; }
 fi
-pip install -qq --no-deps --no-build-isolation .
+cp -R . "$folder/src" # where building leaves what it made
+pip install -qq --no-deps --no-build-isolation "$folder/src"
 cd / # where it is the installed project that Python finds
 "$python" -c 'from em_sampler.supported import check_vllm_version; check_vllm_version()'
 [ "$build" != cpu ] || pip uninstall -qq --yes pip # the environment is ours: nothing is left to install with

@@ -70,7 +70,7 @@ def test_bases_are_pinned_and_vllm_is_the_newest_that_is_supported() -> None:
 
 
 def test_a_build_is_given_what_the_dockerfile_takes_and_nothing_else() -> None:
-    taken = {source.split("/")[0] for source in sources()} | {"scripts"}
+    taken = {source.split("/")[0] for source in sources(*DOCKERFILE.stages)} | {"scripts"}
     assert IGNORED[1] == "*"
     assert {line[1:] for line in IGNORED if line.startswith("!")} == taken
     assert not taken & {".git", ".venv", "build", "tests", "docs"}
@@ -108,9 +108,9 @@ def test_healthcheck(target: str) -> None:
 # the more has to be seen that cpu.lock, without cpu-dev.lock, is enough.
 
 
-def sources() -> list[str]:
-    """What is copied into an image from the repository."""
-    copies = [copy for stage in DOCKERFILE.stages for copy in DOCKERFILE.of(stage, "COPY")]
+def sources(*stages: str) -> list[str]:
+    """What stages copy from the repository."""
+    copies = [copy for stage in stages for copy in DOCKERFILE.of(stage, "COPY")]
     return [source for copy in copies if not copy.flags for source in copy.words[:-1]]
 
 
@@ -124,9 +124,9 @@ def locked(lock: str) -> set[str]:
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
-    """What a build stage has of this repository."""
+    """What the step that installs this project has of it."""
     folder = tmp_path / "src"
-    for source in {*sources(), "scripts/pinned.sh", "requirements/cuda.lock"}:
+    for source in sources("source"):
         (folder / source).parent.mkdir(parents=True, exist_ok=True)
         copy = shutil.copytree if (ROOT / source).is_dir() else shutil.copy2
         copy(ROOT / source, folder / source)  # type: ignore[operator]
