@@ -73,9 +73,10 @@ def test_a_service_has_few_rights_and_a_pinned_image(name: str) -> None:
 
 
 @pytest.mark.parametrize("server", [SERVICES["server"], GPU["services"]["server"]], ids=["cpu", "gpu"])
-def test_requests_may_end_before_the_server_is_killed(server: dict[str, Any]) -> None:
+def test_the_server_is_reached_and_its_requests_may_end(server: dict[str, Any]) -> None:
     drain = int(server["command"][server["command"].index("--shutdown-timeout") + 1])
     assert drain == 120
+    assert server["command"][server["command"].index("--host") + 1] == "0.0.0.0"
     assert seconds(SERVICES["server"]["stop_grace_period"]) >= drain + 15  # an idle server takes up to 11 s to end
 
 
