@@ -98,7 +98,7 @@ def test_the_gpu_file_changes_the_image_and_asks_for_what_it_uses() -> None:
     assert server["command"][0].startswith("${MODEL:?")
 
 
-@pytest.mark.skipif(not PROMTOOL, reason="no promtool: see scripts/prometheus.sh")
+@pytest.mark.skipif(not PROMTOOL, reason="no promtool here: `make test` brings it where there is apt-get")
 def test_prometheus_takes_its_files_as_they_are_mounted(tmp_path: Path) -> None:
     configured = next(flag for flag in SERVICES["prometheus"]["command"] if flag.startswith("--config.file="))
     for target, file in mounts("prometheus").items():
