@@ -6,14 +6,14 @@ cd "$(dirname "$0")/.."
 stamp=.venv/installed # one line: the build, and the checksum of what it was installed from
 
 die() { echo "install: $*" >&2; exit 1; }
-pip() { .venv/bin/python -m pip --disable-pip-version-check install -qq --no-deps "$@"; }
 
 have=$(cat $stamp 2>/dev/null || true)
 build=${BUILD:-${have%% *}}
 [ -n "$build" ] || if nvidia-smi >/dev/null 2>&1; then build=cuda; else build=cpu; fi
 lock=requirements/$build.lock
 [ -f "$lock" ] || die "BUILD is cpu or cuda, not '$build'"
-want="$build $(cat pyproject.toml "$lock" requirements/torch-cpu.txt scripts/install.sh | cksum)"
+want="$build $(cat pyproject.toml "$lock" "requirements/$build-dev.lock" requirements/torch-cpu.txt \
+    scripts/install.sh scripts/image-packages.sh | cksum)"
 [ "$have" != "$want" ] || exit 0
 
 case $(uname -sm) in
@@ -37,12 +37,7 @@ if [ "$build" = cpu ]; then
 fi
 
 echo "$build (unfinished)" >$stamp
-echo "install: vLLM ($build) and all else that $lock pins, into .venv; a few minutes, once"
-pip --require-hashes --only-binary :all: -r "$lock"
-if [ "$build" = cpu ]; then
-    # pip has this wheel only where it is configured with a source of it; uv knows PyTorch's own index.
-    pip -r requirements/torch-cpu.txt 2>/dev/null ||
-        .venv/bin/uv pip install --python .venv/bin/python --torch-backend=cpu --no-deps -r requirements/torch-cpu.txt
-fi
-pip --no-build-isolation -e .
+echo "install: vLLM ($build) and all else that requirements/$build*.lock pin, into .venv; a few minutes, once"
+scripts/image-packages.sh .venv "$build" dev
+.venv/bin/python -m pip --disable-pip-version-check install -qq --no-deps --no-build-isolation -e .
 echo "$want" >$stamp

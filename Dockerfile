@@ -1,0 +1,71 @@
+# em-inf-server in two images: docs/images.md. Each RUN is one of scripts/image-*.sh, which the tests run too.
+#
+#   docker build --target cpu --tag em-inf-server:cpu .      vLLM's CPU build, as `make serve` has it
+#   docker build --target cuda --tag em-inf-server:cuda .    vLLM's own image, with this project added
+
+ARG PYTHON_IMAGE=python:3.11.15-slim-bookworm
+# The newest release that `make compat` has checked.
+ARG VLLM_IMAGE=vllm/vllm-openai:v0.33.0
+
+# What of this repository is installed, and how.
+FROM scratch AS source
+COPY scripts/image-project.sh scripts/pinned.sh /scripts/
+COPY requirements/cpu.lock requirements/cuda.lock /requirements/
+COPY pyproject.toml README.md LICENSE /
+COPY em_sampler /em_sampler
+COPY server /server
+COPY loadtest /loadtest
+COPY demo /demo
+
+# Packages first: they take minutes and seldom change.
+FROM ${PYTHON_IMAGE} AS cpu-build
+WORKDIR /src
+COPY scripts/image-packages.sh scripts/pinned.sh scripts/
+COPY requirements/cpu.lock requirements/cpu-dev.lock requirements/torch-cpu.txt requirements/
+RUN ["scripts/image-packages.sh", "/opt/em", "cpu"]
+COPY --from=source / /source
+RUN ["/source/scripts/image-project.sh", "/opt/em/bin/python", "cpu"]
+
+FROM ${PYTHON_IMAGE} AS cpu
+COPY scripts/image-system.sh /usr/local/sbin/
+RUN ["image-system.sh", "libnuma1"]
+COPY --from=cpu-build /opt/em /opt/em
+# There is no compiler here, so what torch would compile has to run as it is written: vLLM takes both for that.
+ENV PATH=/opt/em/bin:$PATH TORCHDYNAMO_DISABLE=1 VLLM_USE_AOT_COMPILE=0
+ENV PYTHONUNBUFFERED=1 HOME=/home/em HF_HOME=/models VLLM_NO_USAGE_STATS=1 DO_NOT_TRACK=1
+ARG REVISION=unknown
+LABEL org.opencontainers.image.title="em-inf-server" \
+      org.opencontainers.image.description="vLLM's OpenAI-compatible server with entropy minimisation, on the CPU" \
+      org.opencontainers.image.version="0.1.0" \
+      org.opencontainers.image.revision="${REVISION}" \
+      org.opencontainers.image.licenses="Apache-2.0"
+WORKDIR /home/em
+USER 10001:10001
+EXPOSE 8000
+HEALTHCHECK --interval=10s --timeout=5s --start-period=15m --retries=3 \
+    CMD ["python3", "-c", "from http.client import *; c = HTTPConnection('127.0.0.1', 8000, timeout=4); c.request('GET', '/health'); exit(c.getresponse().status != 200)"]
+ENTRYPOINT ["em-serve"]
+CMD ["--host", "0.0.0.0", "--port", "8000"]
+
+FROM ${VLLM_IMAGE} AS cuda
+USER 0
+COPY scripts/image-system.sh /usr/local/sbin/
+RUN ["image-system.sh"]
+COPY --from=source / /opt/em-inf-server
+RUN ["/opt/em-inf-server/scripts/image-project.sh", "python3", "cuda"]
+# What torch compiles is loaded from there; a /tmp that is mounted apart often forbids it.
+ENV TORCHINDUCTOR_CACHE_DIR=/home/em/.cache/torchinductor
+ENV PYTHONUNBUFFERED=1 HOME=/home/em HF_HOME=/models VLLM_NO_USAGE_STATS=1 DO_NOT_TRACK=1
+ARG REVISION=unknown
+LABEL org.opencontainers.image.title="em-inf-server" \
+      org.opencontainers.image.description="vLLM's OpenAI-compatible server with entropy minimisation, on CUDA" \
+      org.opencontainers.image.version="0.1.0" \
+      org.opencontainers.image.revision="${REVISION}" \
+      org.opencontainers.image.licenses="Apache-2.0"
+WORKDIR /home/em
+USER 10001:10001
+EXPOSE 8000
+HEALTHCHECK --interval=10s --timeout=5s --start-period=15m --retries=3 \
+    CMD ["python3", "-c", "from http.client import *; c = HTTPConnection('127.0.0.1', 8000, timeout=4); c.request('GET', '/health'); exit(c.getresponse().status != 200)"]
+ENTRYPOINT ["em-serve"]
+CMD ["--host", "0.0.0.0", "--port", "8000"]

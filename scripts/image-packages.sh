@@ -1,0 +1,27 @@
+#!/bin/sh
+# image-packages.sh VENV BUILD [dev]: makes the virtual environment VENV and installs what requirements/ pin for BUILD (cpu
+# or cuda); with `dev`, the tools of a checkout too. A step of the Dockerfile and of scripts/install.sh. The environment
+# goes by PYTHON, if it is set.
+set -eu
+cd "$(dirname "$0")/.."
+venv=$1 build=$2 dev=${3:-}
+
+pip() { "$venv/bin/python" -m pip --disable-pip-version-check install -qq --no-deps "$@"; }
+
+[ -x "$venv/bin/pip" ] || "${PYTHON:-python3}" -m venv "$venv"
+locks="-r requirements/$build.lock"
+[ -z "$dev" ] || locks="$locks -r requirements/$build-dev.lock"
+# shellcheck disable=SC2086 # several arguments
+pip --require-hashes --only-binary :all: $locks
+
+if [ "$build" = cpu ]; then
+    # pip has this wheel only where it is configured with a source of it; uv knows PyTorch's own index.
+    pip -r requirements/torch-cpu.txt 2>/dev/null || {
+        tools=$(mktemp -d)
+        trap 'rm -rf "$tools"' EXIT
+        scripts/pinned.sh requirements/cpu-dev.lock uv >"$tools/uv.txt"
+        pip --require-hashes --only-binary :all: --target "$tools" -r "$tools/uv.txt"
+        "$tools/bin/uv" pip install --python "$venv/bin/python" --torch-backend=cpu --no-deps \
+            -r requirements/torch-cpu.txt
+    }
+fi

