@@ -2,7 +2,7 @@
 PYTHON ?= python3
 HOST ?= 127.0.0.1
 PORT ?= 8000
-export PYTHON BUILD
+export PYTHON BUILD BUILDER
 
 define TRY
 When it says "Application startup complete", from another terminal:
@@ -14,7 +14,7 @@ When it says "Application startup complete", from another terminal:
 endef
 export TRY
 
-.PHONY: help install serve test bench bench-serving loadtest check format compat lock clean
+.PHONY: help install serve test bench bench-serving loadtest image check format compat lock clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' Makefile
@@ -38,6 +38,9 @@ bench-serving: install ## output tokens/s of the server, plugin on, off and hidd
 
 loadtest: install ## serve the demo model and run the standard comparison on it (8 minutes on two cores), into build/loadtest/demo
 	.venv/bin/python -m benchmarks.loadtest $(ARGS)
+
+image: ## build the image em-inf-server:cpu; TARGET=cuda, BUILDER=docker, podman or buildah, ARGS="its flags"
+	@scripts/image-build.sh $(or $(TARGET),cpu) $(ARGS)
 
 check: install ## check formatting and lint with ruff, types with mypy
 	.venv/bin/ruff format --check .
