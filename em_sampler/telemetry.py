@@ -31,7 +31,7 @@ STAGES = 256  # steps that may be under way to the thread; one more is dropped a
 IDLE = 0.25  # seconds between totals, and without a token after which a request counts as over: no runner tells
 # Seconds that the thread sleeps where nobody waits for a token's statistics: awake, it takes the interpreter
 # from the sampler. Far less than STAGES steps take.
-PAUSE = 0.05
+PAUSE = 0.1
 COLUMNS = 5  # slot, position, entropy before and after (as int32), steps
 
 
