@@ -178,7 +178,10 @@ def test_clients_that_go_away_leave_nothing_behind(engine: Server) -> None:
             for stats in ("tokens", "none"):
                 body = long | {"em_inf": EM | {"stats": stats}}
                 tasks = [asyncio.create_task(post(client, body)) for _ in range(8)]
-                await asyncio.sleep(0.3)
+                for _ in range(100):  # on a busy machine they take long to be sent, on a fast one they end soon
+                    await asyncio.sleep(0.02)
+                    if await asyncio.to_thread(engine.metric, "em_inf_tracked_requests") >= 8:
+                        break
                 for task in tasks:
                     task.cancel()
                 async with client.stream("POST", "/v1/completions", json=body | {"stream": True}) as stream:
