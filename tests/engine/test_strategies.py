@@ -25,7 +25,7 @@ from tests.engine.support import CHAT, EM
 pytestmark = pytest.mark.engine
 
 IN_FLIGHT = 400
-PROBLEMS = int(os.environ.get("EM_TEST_PROBLEMS", "100"))  # the README's figures are of 300
+PROBLEMS = int(os.environ.get("EM_TEST_PROBLEMS", "150"))  # the README's figures are of 300
 LONG = {"max_tokens": 200, "ignore_eos": True}  # with 64 branches, longer than any limit here
 
 
@@ -201,7 +201,7 @@ def test_a_vote_of_16_is_right_more_often_than_its_first_sample_and_early_stop_c
     better = sum(v and not f for v, f in zip(voted, first, strict=True))
     worse = sum(f and not v for v, f in zip(voted, first, strict=True))
     print(f"right: one sample {sum(first)}, vote {sum(voted)} of {PROBLEMS}; better {better}, worse {worse}")
-    assert binomtest(better, better + worse, alternative="greater").pvalue < 0.001
+    assert binomtest(better, better + worse, alternative="greater").pvalue < 0.01
     decided = 0
     for full, early in zip(whole, stopped, strict=True):
         top, second, *_ = [*sorted(full.strategy["votes"].values(), reverse=True), 0, 0]
