@@ -4,9 +4,9 @@
 set -eu
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
-debootstrap --variant=minbase --include=ca-certificates,python3-venv bookworm "$folder/root" >/dev/null
-rm -rf "$folder"/root/var/cache/apt/archives/*.deb "$folder"/root/var/lib/apt/lists/*
-tar -C "$folder/root" -cf "$folder/base.tar" .
+debootstrap --variant=minbase --include=ca-certificates,python3-venv bookworm "$folder/debian" >/dev/null
+rm -rf "$folder"/debian/var/cache/apt/archives/*.deb "$folder"/debian/var/lib/apt/lists/*
+tar -C "$folder/debian" -cf "$folder/base.tar" .
 printf 'FROM scratch\nADD base.tar /\n' >"$folder/Dockerfile"
-rm -rf "$folder/root"
+rm -rf "$folder/debian"
 "${BUILDER:-docker}" build --tag "$1" "$folder"

@@ -211,12 +211,12 @@ def test_the_system_step(tmp_path: Path) -> None:
     shutil.copytree(ROOT / "scripts", tmp_path / "scripts")
     # An empty layer over this machine's files: what is written there is lost.
     layer = """
-        mkdir layer && mount -t tmpfs tmpfs layer && mkdir layer/up layer/work layer/root
-        mount -t overlay -o lowerdir=/,upperdir=layer/up,workdir=layer/work overlay layer/root || exit 77
-        mount --bind /dev layer/root/dev
-        mount -t proc proc layer/root/proc
-        cp -r scripts layer/root/
-        exec chroot layer/root sh -ec"""
+        mkdir layer && mount -t tmpfs tmpfs layer && mkdir layer/up layer/work layer/merged
+        mount -t overlay -o lowerdir=/,upperdir=layer/up,workdir=layer/work overlay layer/merged || exit 77
+        mount --bind /dev layer/merged/dev
+        mount -t proc proc layer/merged/proc
+        cp -r scripts layer/merged/
+        exec chroot layer/merged sh -ec"""
     steps = """
         dpkg --purge --force-depends libnuma1 >/dev/null
         /scripts/image-system.sh libnuma1
