@@ -17,6 +17,7 @@ import httpx
 import openai
 import psutil
 
+from benchmarks.launch import ONE_PROCESS
 from tests.ports import free_port
 
 HERE = Path(__file__).parent
@@ -88,10 +89,17 @@ class Server:
 
 
 @contextlib.contextmanager
-def serve(*flags: str, runner: str = "v1", **env: str) -> Iterator[Server]:
-    """em-serve with `flags` and environment variables, until the block ends."""
+def serve(*flags: str, runner: str = "v1", executor: str = "uni", **env: str) -> Iterator[Server]:
+    """em-serve with `flags` and environment variables, until the block ends.
+
+    Args:
+        executor: "uni" runs the model in the engine's process. "mp" is vLLM's default on the CPU: a process of its own,
+            and both spin for each other, so that under load clients and server wait for seconds on two cores.
+    """
     port = free_port()
     address = ("--host", "127.0.0.1", "--port", str(port), "--api-key", API_KEY)
+    if executor == "uni":
+        flags, env = (*flags, "--distributed-executor-backend", "uni"), ONE_PROCESS | env
     with started(*flags, *address, runner=runner, **env) as (process, log):
         server = Server(f"http://127.0.0.1:{port}", runner, log, process.pid)
         _wait(server, process)

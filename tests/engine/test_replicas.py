@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import itertools
 import os
 import shutil
 import signal
@@ -78,50 +79,55 @@ async def ask(client: openai.AsyncOpenAI, question: str, stream: bool) -> str:
     return text
 
 
-async def load(url: str, midway: Callable[[], None]) -> tuple[list[str], int, int]:
-    """Every question three times, every other one streamed, twelve at a time; `midway` is called when a third is done.
+async def load(url: str, midway: Callable[[], None]) -> tuple[list[tuple[str, str]], int, int]:
+    """The questions in turn, every other request streamed, twelve at a time. `midway` is called after as many replies
+    as there are questions; the load goes on until as many have come after it.
 
-    Returns the replies, and how many streams and other requests the client had to send again.
+    Returns the questions with their replies, and how many streams and other requests the client had to send again.
     """
-    turn, done, again = asyncio.Semaphore(12), 0, {True: 0, False: 0}
+    numbers, replies, again = itertools.count(), [], {True: 0, False: 0}
     client = openai.AsyncOpenAI(base_url=f"{url}/v1", api_key=API_KEY, max_retries=0, timeout=120)
+    acted = asyncio.Event()
 
-    async def one(number: int, question: str) -> str:
-        nonlocal done
-        stream = number % 2 == 0
-        async with turn:
+    async def ask_on() -> None:
+        left = len(QUESTIONS) // 12
+        while left:
+            number = next(numbers)
+            question, stream = QUESTIONS[number % len(QUESTIONS)], number % 2 == 0
             while True:
-                try:
-                    reply = await ask(client, question, stream)
-                except (openai.APIError, httpx.TransportError):
-                    again[stream] += 1
-                    assert sum(again.values()) < 40, "the same request again and again"
-                    continue
-                done += 1
-                if done == len(QUESTIONS):
-                    await asyncio.to_thread(midway)
-                return reply
+                with contextlib.suppress(openai.APIError, httpx.TransportError):
+                    replies.append((question, await ask(client, question, stream)))
+                    break
+                again[stream] += 1
+                assert sum(again.values()) < 40, "the same request again and again"
+            left -= acted.is_set()
+
+    async def act() -> None:
+        while len(replies) < len(QUESTIONS):
+            await asyncio.sleep(0.01)
+        await asyncio.to_thread(midway)
+        acted.set()
 
     async with client:
-        replies = await asyncio.gather(*(one(i, question) for i, question in enumerate(QUESTIONS * 3)))
+        await asyncio.gather(act(), *(ask_on() for _ in range(12)))
     return replies, again[True], again[False]
 
 
 def test_a_replica_that_is_killed_and_one_that_drains_lose_no_request(replicas: list[Server], balancer: str) -> None:
     first, second, third = replicas
-    expected = [reply.content for reply in _alone(third)]
+    expected = {question: reply.content for question, reply in zip(QUESTIONS, _alone(third), strict=True)}
 
     def kill() -> None:
         first.until(lambda: _busy(first))
         os.killpg(first.pid, signal.SIGKILL)
 
     replies, streams, others = asyncio.run(load(balancer, kill))
-    assert replies == expected * 3
+    assert all(expected[question] == reply for question, reply in replies)
     assert others == 0  # the balancer sent them again
     assert 0 < streams <= 6  # those that the dead replica had begun: at most its share of the twelve, and a few
 
     replies, streams, others = asyncio.run(load(balancer, lambda: asyncio.run(stops_in_good_order(second))))
-    assert replies == expected * 3
+    assert all(expected[question] == reply for question, reply in replies)
     assert (streams, others) == (0, 0)  # nobody noticed
 
 

@@ -30,7 +30,7 @@ def several() -> Iterator[Server]:
     """Two API servers before a tensor-parallel engine, with an operator's default and cap."""
     parallel = ("--api-server-count", "2", "--tensor-parallel-size", "2")
     operator = ("--em-inf-default", json.dumps(CAPPED), "--em-inf-max-steps", str(CAPPED["steps"]))
-    with serve(*parallel, *operator, VLLM_CPU_OMP_THREADS_BIND="0|1") as server:
+    with serve(*parallel, *operator, executor="mp", VLLM_CPU_OMP_THREADS_BIND="0|1") as server:
         yield server
 
 
@@ -73,7 +73,7 @@ def test_data_parallel_engines_of_two_machines_report_to_the_server_that_asked(t
     both += ("--data-parallel-address", "127.0.0.1", "--data-parallel-rpc-port", meeting)
     with (
         started(*both, "--headless", "--data-parallel-start-rank", "1"),
-        serve(*both, "--api-server-count", "2") as server,
+        serve(*both, "--api-server-count", "2", executor="mp") as server,
     ):
         counters_are_the_sums_over_the_replies(server, tmp_path, requests=60)
         asyncio.run(stops_in_good_order(server))
@@ -85,7 +85,7 @@ def test_a_machine_without_a_compiler_answers_with_logprobs(tmp_path: Path) -> N
     for name in names:
         (tmp_path / name).symlink_to(Path("/usr/bin", name))
     path = os.pathsep.join([str(Path(sys.executable).parent), str(tmp_path)])
-    with serve(PATH=path, TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "cache")) as server:
+    with serve(executor="mp", PATH=path, TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "cache")) as server:
         assert complete(server, logprobs=2, max_tokens=4)
         assert complete(server, logprobs=2, max_tokens=4, extra_body={"em_inf": True})
 

@@ -16,7 +16,6 @@ import httpx
 import pytest
 from scipy.stats import binomtest
 
-from benchmarks.launch import ONE_PROCESS
 from demo.problems import problems
 from server.strategies.answers import Answer
 from tests.engine.launch import API_KEY, Server, serve
@@ -31,13 +30,9 @@ LONG = {"max_tokens": 200, "ignore_eos": True}  # with 64 branches, longer than 
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
-    """Without chunked prefill, so that many seeded prompts may enter at once (docs/findings/upstream.md).
-
-    The model in the engine's process: on two cores a process of its own takes twice as long (benchmarks/launch.py).
-    """
+    """Without chunked prefill, so that many seeded prompts may enter at once (docs/findings/upstream.md)."""
     flags = ("--no-enable-chunked-prefill", "--max-num-seqs", "128", "--strategy-max-in-flight", str(IN_FLIGHT))
-    flags += ("--enable-scale-out", "--distributed-executor-backend", "uni")  # the first for a route that aborts
-    with serve(*flags, **ONE_PROCESS) as started:
+    with serve(*flags, "--enable-scale-out") as started:  # the last for a route that aborts
         yield started
 
 
