@@ -42,7 +42,7 @@ def test_rules_and_dashboard_on_a_server_under_load(v1: Server, tmp_path: Path) 
     with scraping(v1, tmp_path, JOB, rule_files=[faster(tmp_path)]) as prometheus:
         load(v1, ["none"], 12)
         prometheus.scraped()
-        load(v1, ["none"], 12)
+        load(v1, ["none"], 60)  # long enough for its records to have arrived before a scrape
         prometheus.scraped()
         found = evaluated(prometheus)
 
