@@ -33,15 +33,16 @@ class EntropyTrainer(Guarded, Trainer):
     ) -> torch.Tensor:
         """See the class; `inputs` is a Batch of em_train.outputs."""
         scored = model(**inputs, fused_lm_head=True)
-        total = scored.entropy.sum()
+        total: torch.Tensor = scored.entropy.sum()
         if self.settings.kl_weight:
             gap = self._base_logprobs(model, inputs) - scored.log_probs  # both 0 where there is no output
             total = total + self.settings.kl_weight * (gap.exp() - 1 - gap).sum()
         # Gradients are averaged over the processes; the tokens are counted over all of them.
-        return total / num_items_in_batch * self.accelerator.num_processes
+        loss: torch.Tensor = total / num_items_in_batch * self.accelerator.num_processes
+        return loss
 
     @torch.no_grad()
-    def _base_logprobs(self, model: Any, inputs: Any) -> torch.Tensor:
+    def _base_logprobs(self, model: Any, inputs: Any) -> Any:
         if self.base is not None:
             return self.base(**inputs, fused_lm_head=True).log_probs
         with self.accelerator.unwrap_model(model).disable_adapter():

@@ -5,7 +5,7 @@ The vocabulary is never held for all tokens at once: TRL's fused language-model 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TypedDict
+from typing import Any
 
 import torch
 
@@ -36,12 +36,8 @@ class Output:
         return sum(self.entropies) / max(1, len(self.entropies))
 
 
-class Batch(TypedDict):
-    """Rows padded on the right; `labels` are -100 but for an output's tokens. All [rows, tokens]."""
-
-    input_ids: torch.Tensor
-    attention_mask: torch.Tensor
-    labels: torch.Tensor
+# input_ids, attention_mask and labels [rows, tokens], padded on the right; labels are -100 but for an output's tokens.
+Batch = dict[str, torch.Tensor]
 
 
 def encode(tokenizer: Any, prompt: Prompt, plain: bool = False) -> list[int]:
@@ -63,11 +59,11 @@ def collate(pairs: Sequence[tuple[list[int], list[int]]], pad: int) -> Batch:
     """Prompts with their outputs as a batch of `len(pairs)` rows."""
     longest = max(len(prompt) + len(output) for prompt, output in pairs)
     shape = (len(pairs), longest)
-    batch = Batch(
-        input_ids=torch.full(shape, pad),
-        attention_mask=torch.zeros(shape, dtype=torch.long),
-        labels=torch.full(shape, IGNORED),
-    )
+    batch = {
+        "input_ids": torch.full(shape, pad),
+        "attention_mask": torch.zeros(shape, dtype=torch.long),
+        "labels": torch.full(shape, IGNORED),
+    }
     for row, (prompt, output) in enumerate(pairs):
         end = len(prompt) + len(output)
         batch["input_ids"][row, :end] = torch.tensor(prompt + output)

@@ -127,7 +127,7 @@ class Guarded:
         from trl.distributed import DistributedBackend
         from trl.models.utils import unwrap_model_for_generation
 
-        backend = DistributedBackend(self.accelerator)
+        backend = DistributedBackend(self.accelerator)  # type: ignore[no-untyped-call]
         training = self.model.training
         self.model.eval()
         with torch.random.fork_rng([self.model.device] if self.model.device.type == "cuda" else []):

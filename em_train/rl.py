@@ -4,13 +4,11 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
-from trl import RLOOTrainer
+from trl.trainer.rloo_trainer import RLOOTrainer
 
 from em_train.probe import Guarded, is_right
 from em_train.settings import RlSettings
 from server.strategies.answers import Answer
-
-Reward = Callable[..., list[float]]
 
 
 class ConfidenceTrainer(Guarded, RLOOTrainer):
@@ -24,7 +22,7 @@ class ConfidenceTrainer(Guarded, RLOOTrainer):
         self._confidence: tuple[torch.Tensor, torch.Tensor] | None = None
         super().__init__(reward_funcs=[self._reward_of(settings)], **kwargs)
 
-    def _reward_of(self, settings: RlSettings) -> Reward:
+    def _reward_of(self, settings: RlSettings) -> Callable[..., Any]:
         place = Answer(type=settings.answer)
 
         def correct(completions: Sequence[Any], answer: Sequence[str], **_: Any) -> list[float]:

@@ -20,7 +20,7 @@ import torch
 from accelerate.utils import set_seed
 from peft import LoraConfig, get_peft_model
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
 from em_train import card, outputs
 from em_train.guards import Limits
@@ -63,6 +63,7 @@ def run(settings: TrainSettings) -> str:
     if trainer.is_world_process_zero():
         tokenizer.save_pretrained(settings.out)
         written.write(settings.out, ended=True)
+    trainer.accelerator.end_training()
     return written.ended
 
 
@@ -119,7 +120,8 @@ def _sampled(row: dict[str, Any], where: str) -> Prompt:
 
 def drawn_order(count: int, needed: int, seed: int) -> list[int]:
     """`needed` indices below `count`: every one once before any comes twice, each round shuffled anew."""
-    rng, order = random.Random(seed), []
+    rng = random.Random(seed)
+    order: list[int] = []
     while len(order) < needed:
         order += rng.sample(range(count), count)
     return order[:needed]
@@ -142,7 +144,7 @@ def _as_trl(settings: TrainSettings, tokenizer: Any, prompt: Prompt) -> Any:
 # ---- The model
 
 
-def load(settings: Settings) -> tuple[Any, PreTrainedModel]:
+def load(settings: Settings) -> tuple[Any, Any]:
     """Tokenizer and model, in float32: steps of 1e-6 are lost in bfloat16 weights."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(settings.model)
@@ -155,7 +157,7 @@ def load(settings: Settings) -> tuple[Any, PreTrainedModel]:
     return tokenizer, model
 
 
-def _check_fits(settings: TrainSettings, model: PreTrainedModel, longest: int) -> None:
+def _check_fits(settings: TrainSettings, model: Any, longest: int) -> None:
     room = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if room is not None and longest + settings.max_tokens > room:
         raise InputError(
@@ -232,7 +234,7 @@ def _ft(
 
 def _rl(settings: RlSettings, model: Any, tokenizer: Any, prompts: list[Prompt]) -> Any:
     from datasets import Dataset
-    from trl import RLOOConfig
+    from trl.trainer.rloo_config import RLOOConfig
 
     from em_train.rl import ConfidenceTrainer
 

@@ -64,7 +64,7 @@ class TrainSettings(Settings):
         default=1e-6, gt=0, le=1, description="Of AdamW, constant; 1e-6 is published for full weights, LoRA needs more."
     )
     lora_rank: int = Field(default=0, ge=0, le=512, description="0: full weights. Above: a LoRA adapter of this rank.")
-    lora_alpha: float | None = Field(default=None, gt=0, description="Default: twice the rank.")
+    lora_alpha: Count | None = Field(default=None, description="Default: twice the rank.")
     bf16: bool = Field(default=False, description="Compute in bfloat16; weights and Adam's state stay in float32.")
     gradient_checkpointing: bool = Field(default=False, description="Less memory, more time.")
     resume: bool = Field(default=False, description="Go on from the last whole checkpoint in --out.")

@@ -109,10 +109,11 @@ def serve(*flags: str, runner: str = "v1", executor: str = "uni", **env: str) ->
 @contextlib.contextmanager
 def started(*flags: str, runner: str = "v1", **env: str) -> Iterator[tuple[subprocess.Popen[bytes], Path]]:
     """The process of an em-serve, and its log; whether it serves is not looked at."""
+    model = flags[:1] if flags and not flags[0].startswith("-") else ()  # vLLM wants it first
     log = Path(tempfile.mkstemp(prefix="em-serve-", suffix=".log")[1])
     with log.open("wb") as output:
         process = subprocess.Popen(
-            [sys.executable, "-m", "server.cli", *ENGINE_FLAGS, *flags],
+            [sys.executable, "-m", "server.cli", *model, *ENGINE_FLAGS, *flags[len(model) :]],
             env=environment(runner, **env),
             stdin=subprocess.DEVNULL,
             stdout=output,
