@@ -13,6 +13,7 @@ COPY scripts/image-project.sh scripts/pinned.sh /scripts/
 COPY requirements/cpu.lock requirements/cuda.lock /requirements/
 COPY pyproject.toml README.md LICENSE /
 COPY em_sampler /em_sampler
+COPY em_train /em_train
 COPY server /server
 COPY loadtest /loadtest
 COPY demo /demo

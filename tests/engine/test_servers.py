@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -131,27 +132,31 @@ def test_a_pooling_model_refuses_em_inf() -> None:
         assert answer.json()["error"]["param"] == "body.em_inf"
 
 
-@pytest.mark.parametrize(
-    ("flags", "env", "says"),
-    [
-        (["--em-inf-default", '{"threshold": 21}'], {}, "got 21; must be a number from 0 up to 20"),
-        (["--em-inf-default", "{threshold"], {}, "argument --em-inf-default"),
-        (["--em-inf-default", '{"steps": 9}', "--em-inf-max-steps", "8"], {}, "got 9; this server allows"),
-        (["--em-inf-max-steps", "65"], {}, "--em-inf-max-steps"),
-        ([], {"VLLM_USE_RUST_FRONTEND": "1"}, "unset it"),
-        (["--grpc"], {}, "without this server's routes"),
-        (["--logits-processors", "em_sampler.plugin:EMInfLogitsProcessor"], {}, "drop it"),
-    ],
-)
-def test_what_cannot_work_stops_the_start_with_one_line(flags: list[str], env: dict[str, str], says: str) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "server.cli", *flags, *ENGINE_FLAGS],
-        env=environment("v1", **env),
-        capture_output=True,
-        text=True,
-        timeout=START_LIMIT,
-        check=False,
-    )
-    assert done.returncode != 0
-    assert says in done.stderr.splitlines()[-1]
-    assert "Traceback" not in done.stderr
+REFUSED: list[tuple[list[str], dict[str, str], str]] = [
+    (["--em-inf-default", '{"threshold": 21}'], {}, "got 21; must be a number from 0 up to 20"),
+    (["--em-inf-default", "{threshold"], {}, "argument --em-inf-default"),
+    (["--em-inf-default", '{"steps": 9}', "--em-inf-max-steps", "8"], {}, "got 9; this server allows"),
+    (["--em-inf-max-steps", "65"], {}, "--em-inf-max-steps"),
+    ([], {"VLLM_USE_RUST_FRONTEND": "1"}, "unset it"),
+    (["--grpc"], {}, "without this server's routes"),
+    (["--logits-processors", "em_sampler.plugin:EMInfLogitsProcessor"], {}, "drop it"),
+]
+
+
+def test_what_cannot_work_stops_the_start_with_one_line() -> None:
+    def start(case: tuple[list[str], dict[str, str], str]) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "server.cli", *case[0], *ENGINE_FLAGS],
+            env=environment("v1", **case[1]),
+            capture_output=True,
+            text=True,
+            timeout=START_LIMIT,
+            check=False,
+        )
+
+    with ThreadPoolExecutor(2) as pool:  # each has to import vLLM first
+        ended = list(pool.map(start, REFUSED))
+    for (_, _, says), done in zip(REFUSED, ended, strict=True):
+        assert done.returncode != 0
+        assert says in done.stderr.splitlines()[-1]
+        assert "Traceback" not in done.stderr
