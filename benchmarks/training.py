@@ -3,7 +3,7 @@
     python -m benchmarks.training --out build/training
 
 Trains by `em-train`, two runs at a time, on chains of six operators whose answers only the labelled arm sees; tests on
-held-out ones, which the model has never seen. About half an hour on two cores.
+held-out ones, which the model has never seen.
 """
 
 import argparse
