@@ -167,7 +167,7 @@ def table(found: dict[str, dict[str, list[Tested]]]) -> str:
         columns += [[getattr(one, field) for one in by_decoding["sampled"]] for field in ("entropy", "length")]
         for values, form in zip(columns, ("{:.3f}",) * 3 + ("{:.4f}", "{:.1f}"), strict=True):
             mean, half = interval(values)
-            cells.append(f"{form.format(mean)} ± {form.format(half)}" if half else form.format(mean))
+            cells.append(f"{form.format(mean)} ± {form.format(half)}" if half > 1e-9 else form.format(mean))
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

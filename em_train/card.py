@@ -9,6 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from em_train.data import Rows
 from em_train.prompts import InputError, Prompt
 from em_train.settings import TrainSettings
 
@@ -24,7 +25,7 @@ class Card:
         self,
         settings: TrainSettings,
         prompts: Sequence[Prompt],
-        rows: Sequence[tuple[Prompt, dict[str, Any]]],
+        rows: Rows,
         trainer: Any,
     ) -> None:
         self._trainer = trainer

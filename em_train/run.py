@@ -6,12 +6,10 @@ run.json, run.md                  the card: settings, data, curves, why it ended
 """
 
 import json
-import random
 import re
 import shutil
 import sys
 import warnings
-from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -22,10 +20,10 @@ from peft import LoraConfig, get_peft_model
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
-from em_train import card, outputs
+from em_train import card, data, outputs
 from em_train.guards import Limits
 from em_train.probe import Probe
-from em_train.prompts import InputError, Prompt, read_jsonl, read_prompts
+from em_train.prompts import InputError, Prompt, read_prompts
 from em_train.settings import FtSettings, RlSettings, Settings, TrainSettings
 from server.strategies.answers import Answer
 
@@ -46,7 +44,7 @@ def run(settings: TrainSettings) -> str:
         OSError: the disk; what had been written before is whole.
     """
     checkpoint = _place(settings)
-    prompts, rows = _data(settings)
+    prompts, rows = data.read(settings)
     tokenizer, model = load(settings)
     trainer = _trainer(settings, model, tokenizer, prompts, rows)
     set_seed(settings.seed, device_specific=True)  # processes must not draw the same for different prompts
@@ -93,52 +91,6 @@ def _is_whole(checkpoint: Path) -> bool:
     except (OSError, ValueError):
         return False
     return True
-
-
-# ---- Data
-
-
-def _data(settings: TrainSettings) -> tuple[list[Prompt], list[tuple[Prompt, dict[str, Any]]]]:
-    """The prompts, and where there is a file of outputs its rows."""
-    if isinstance(settings, FtSettings) and settings.outputs is not None:
-        rows = [(_sampled(row, f"{settings.outputs}: {where}"), row) for where, row in read_jsonl(settings.outputs)]
-        if not rows:
-            raise InputError(f"--outputs: {settings.outputs} has no rows")
-        return list({prompt.key: prompt for prompt, _ in rows}.values()), rows
-    assert settings.prompts is not None
-    prompts = read_prompts(settings.prompts, settings.prompt_column, settings.split, settings.limit)
-    if isinstance(settings, RlSettings) and settings.reward == "correct" and any(p.answer is None for p in prompts):
-        raise InputError("--reward: got 'correct'; a prompt has no `answer`")
-    return prompts, []
-
-
-def _sampled(row: dict[str, Any], where: str) -> Prompt:
-    if "prompt" not in row or not isinstance(row.get("output"), str):
-        raise InputError(f"{where}: has no `prompt` and `output`; must be a file that `em-train sample` wrote")
-    return Prompt(row["prompt"], row.get("answer"))
-
-
-def drawn_order(count: int, needed: int, seed: int) -> list[int]:
-    """`needed` indices below `count`: every one once before any comes twice, each round shuffled anew."""
-    rng = random.Random(seed)
-    order: list[int] = []
-    while len(order) < needed:
-        order += rng.sample(range(count), count)
-    return order[:needed]
-
-
-def _output_ids(tokenizer: Any, row: dict[str, Any]) -> list[int]:
-    """As they were sampled; of a file without them, the text's tokens and the end that it had."""
-    if row.get("token_ids"):
-        return list(row["token_ids"])
-    ended = [tokenizer.eos_token_id] if row.get("finish_reason") == "stop" else []
-    return list(tokenizer(row["output"], add_special_tokens=False)["input_ids"]) + ended
-
-
-def _as_trl(settings: TrainSettings, tokenizer: Any, prompt: Prompt) -> Any:
-    """Chat turns, to which TRL applies the template, or bare text."""
-    bare = isinstance(prompt.content, str) and (settings.plain or not tokenizer.chat_template)
-    return prompt.content if bare else prompt.messages
 
 
 # ---- The model
@@ -188,7 +140,7 @@ def _trainer(
     model: Any,
     tokenizer: Any,
     prompts: list[Prompt],
-    rows: Sequence[tuple[Prompt, dict[str, Any]]],
+    rows: data.Rows,
 ) -> Any:
     trainer: Any
     if isinstance(settings, RlSettings):
@@ -205,16 +157,13 @@ def _ft(
     model: Any,
     tokenizer: Any,
     prompts: list[Prompt],
-    rows: Sequence[tuple[Prompt, dict[str, Any]]],
+    rows: data.Rows,
 ) -> Any:
     from trl.trainer.utils import disable_dropout_in_model
 
     from em_train.ft import EntropyTrainer
 
-    order = drawn_order(len(rows or prompts), settings.steps * settings.batch_size, settings.seed)
-    encoded = [{"prompt_ids": outputs.encode(tokenizer, p, settings.plain)} for p in [p for p, _ in rows] or prompts]
-    for row, (_, sampled) in zip(encoded, rows, strict=False):
-        row["output_ids"] = _output_ids(tokenizer, sampled)[: settings.max_tokens]
+    dataset = data.ft_dataset(settings, tokenizer, prompts, rows)
     disable_dropout_in_model(model)
     outputs.fuse(model)
     if peft := _peft(settings):
@@ -223,8 +172,8 @@ def _ft(
         settings,
         model=model,
         args=TrainingArguments(**_arguments(settings), train_sampling_strategy="sequential"),
-        train_dataset=[encoded[i] for i in order],
-        eval_dataset=encoded[:1],  # transformers wants one; `evaluate` asks the probe
+        train_dataset=dataset,
+        eval_dataset=dataset[:1],  # transformers wants one; `evaluate` asks the probe
         processing_class=tokenizer,
     )
     if settings.kl_weight and not peft:
@@ -233,17 +182,11 @@ def _ft(
 
 
 def _rl(settings: RlSettings, model: Any, tokenizer: Any, prompts: list[Prompt]) -> Any:
-    from datasets import Dataset
     from trl.trainer.rloo_config import RLOOConfig
 
     from em_train.rl import ConfidenceTrainer
 
-    order = drawn_order(len(prompts), settings.steps * settings.batch_size // settings.generations, settings.seed)
-    asked = [prompts[i] for i in order]
-    columns: dict[str, list[Any]] = {"prompt": [_as_trl(settings, tokenizer, p) for p in asked]}
-    if settings.reward == "correct":
-        columns["answer"] = [p.answer for p in asked]
-    data = Dataset.from_dict(columns)
+    dataset = data.rl_dataset(settings, tokenizer, prompts)
     arguments = RLOOConfig(
         **_arguments(settings),
         num_generations=settings.generations,
@@ -259,8 +202,8 @@ def _rl(settings: RlSettings, model: Any, tokenizer: Any, prompts: list[Prompt])
         settings,
         model=model,
         args=arguments,
-        train_dataset=data,
-        eval_dataset=data.select([0]),  # as in _ft
+        train_dataset=dataset,
+        eval_dataset=dataset.select([0]),  # as in _ft
         processing_class=tokenizer,
         peft_config=_peft(settings),
     )

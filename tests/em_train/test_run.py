@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 
+from em_train.data import drawn_order
 from em_train.prompts import InputError
-from em_train.run import drawn_order, run
+from em_train.run import run
 from tests.em_train.support import SMALL, curve, ft, rl, trained, write_outputs, write_prompts
 
 # Outputs are drawn in these, so that a wrong random state would show.
