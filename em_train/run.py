@@ -6,6 +6,7 @@ run.json, run.md                  the card: settings, data, curves, why it ended
 """
 
 import json
+import os
 import re
 import shutil
 import sys
@@ -30,6 +31,7 @@ from server.strategies.answers import Answer
 CHECKPOINTS = "checkpoints"
 if not torch.cuda.is_available():  # where TRL could use vLLM, its warning about untried versions matters
     warnings.filterwarnings("ignore", "TRL currently supports vLLM")
+LONE_READER = ("ACCELERATE_USE_FSDP", "FSDP_CPU_RAM_EFFICIENT_LOADING")  # accelerate's, for its processes
 STATE = "trainer_state.json"  # what a trainer writes last into a checkpoint
 
 # torch.save tells of a full disk in these ways only.
@@ -43,6 +45,7 @@ def run(settings: TrainSettings) -> str:
         InputError: something asked for cannot be done. Nothing has been changed then.
         OSError: the disk; what had been written before is whole.
     """
+    _check_base_is_whole(settings)
     checkpoint = _place(settings)
     prompts, rows = data.read(settings)
     tokenizer, model = load(settings)
@@ -115,6 +118,19 @@ def _check_fits(settings: TrainSettings, model: Any, longest: int) -> None:
         raise InputError(
             f"--max-tokens: got {settings.max_tokens}; at most {room - longest}: the model has {room} positions, "
             f"and the longest prompt takes {longest}"
+        )
+
+
+def _check_base_is_whole(settings: TrainSettings) -> None:
+    """accelerate can have one process alone read the weights and give the trained model to the others; nothing gives
+    them the base model (TRL 1.16), and the KL would be to empty weights."""
+    weight = settings.beta if isinstance(settings, RlSettings) else getattr(settings, "kl_weight", 0.0)
+    lone = all(os.environ.get(name, "").lower() in ("true", "1") for name in LONE_READER)
+    if weight and lone and not settings.lora_rank:
+        flag = "--beta" if isinstance(settings, RlSettings) else "--kl-weight"
+        raise InputError(
+            f"{flag}: got {weight}; needs `fsdp_cpu_ram_efficient_loading: false` in accelerate's configuration, "
+            "or --lora-rank: every process has to read the base model"
         )
 
 

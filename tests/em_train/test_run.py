@@ -152,6 +152,20 @@ def test_what_cannot_be_done_is_one_clear_error(
     assert not list(Path().glob("o/*.safetensors"))
 
 
+@pytest.mark.parametrize(
+    ("kind", "given", "flag"),
+    [(ft, {"kl_weight": 1, "fresh_every": 1}, "--kl-weight: got 1.0"), (rl, {}, "--beta: got 0.001")],
+)
+def test_a_base_model_that_one_process_alone_would_read_is_refused(
+    kind: Any, given: dict[str, Any], flag: str, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "true")
+    with pytest.raises(InputError, match=f"{flag}; needs `fsdp_cpu_ram_efficient_loading: false`"):
+        run(kind(prompts=str(prompts), out=tmp_path / "o", **given))
+    assert not (tmp_path / "o").exists()
+
+
 def test_every_prompt_comes_once_before_any_comes_twice():
     order = drawn_order(5, 12, seed=1)
     assert sorted(order[:5]) == sorted(order[5:10]) == list(range(5))
