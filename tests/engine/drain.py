@@ -57,8 +57,8 @@ async def _streamed(server: Server, seed: int, begun: asyncio.Event) -> None:
 
 async def _voted(server: Server) -> None:
     """Its branches start one after another: most of them when the server is already draining."""
-    extra = {"ignore_eos": True, "strategy": {"type": "self_consistency", "n": 4, "parallel": 1}}
+    extra = {"ignore_eos": True, "strategy": {"type": "self_consistency", "n": 12, "parallel": 1}}
     reply: Any = await server.async_client.chat.completions.create(
         seed=1, extra_body=extra, **LONG | {"max_tokens": 80}
     )
-    assert (reply.strategy["completed"], reply.usage.completion_tokens) == (4, 320)
+    assert (reply.strategy["completed"], reply.usage.completion_tokens) == (12, 960)

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import openai
 import pytest
 
 from tests.engine.drain import stops_in_good_order
-from tests.engine.launch import API_KEY, ROOT, Server, serve
+from tests.engine.launch import API_KEY, ROOT, Server, serve, together
 from tests.ports import free_port
 
 HAPROXY = shutil.which("haproxy", path=Path(sys.executable).parent) or shutil.which("haproxy")
@@ -29,9 +30,9 @@ pytestmark = [pytest.mark.engine, pytest.mark.skipif(not HAPROXY, reason="no hap
 
 @pytest.fixture(scope="module")
 def replicas(v1: Server) -> Iterator[list[Server]]:
-    """The shared server comes last: it stays."""
-    with serve(*DRAIN) as first, serve(*DRAIN) as second:
-        yield [first, second, v1]
+    """The shared server comes last: it stays. The first one's replies are told apart by a header."""
+    with together(serve(*DRAIN, "--enable-request-id-headers"), serve(*DRAIN)) as servers:
+        yield [*servers, v1]
 
 
 @pytest.fixture(scope="module")
@@ -59,8 +60,8 @@ def _status(url: str) -> int:
     return 0
 
 
-async def ask(client: openai.AsyncOpenAI, question: str, stream: bool) -> str:
-    """A greedy reply, of the same tokens whichever replica gives it.
+async def ask(client: openai.AsyncOpenAI, question: str, stream: bool, begun: threading.Event) -> str:
+    """A greedy reply, of the same tokens whichever replica gives it. `begun` is set when the first one streams it.
 
     Raises:
         openai.APIError, httpx.TransportError: where it did not come whole.
@@ -71,7 +72,10 @@ async def ask(client: openai.AsyncOpenAI, question: str, stream: bool) -> str:
         reply = await client.chat.completions.create(messages=messages, **settings)
         return reply.choices[0].message.content or ""
     text, ended = "", False
-    async for chunk in await client.chat.completions.create(messages=messages, stream=True, **settings):
+    chunks = await client.chat.completions.create(messages=messages, stream=True, **settings)
+    if "x-request-id" in chunks.response.headers:
+        begun.set()
+    async for chunk in chunks:
         text += chunk.choices[0].delta.content or ""
         ended = ended or chunk.choices[0].finish_reason == "length"
     if not ended:
@@ -79,15 +83,16 @@ async def ask(client: openai.AsyncOpenAI, question: str, stream: bool) -> str:
     return text
 
 
-async def load(url: str, midway: Callable[[], None]) -> tuple[list[tuple[str, str]], int, int]:
+async def load(url: str, midway: Callable[[threading.Event], None]) -> tuple[list[tuple[str, str]], int, int]:
     """The questions in turn, every other request streamed, twelve at a time. `midway` is called after as many replies
-    as there are questions; the load goes on until as many have come after it.
+    as there are questions, with what is set when the first replica next begins a stream; the load goes on until as many
+    have come after it.
 
     Returns the questions with their replies, and how many streams and other requests the client had to send again.
     """
     numbers, replies, again = itertools.count(), [], {True: 0, False: 0}
     client = openai.AsyncOpenAI(base_url=f"{url}/v1", api_key=API_KEY, max_retries=0, timeout=120)
-    acted = asyncio.Event()
+    acted, begun = asyncio.Event(), threading.Event()
 
     async def ask_on() -> None:
         left = len(QUESTIONS) // 12
@@ -96,7 +101,7 @@ async def load(url: str, midway: Callable[[], None]) -> tuple[list[tuple[str, st
             question, stream = QUESTIONS[number % len(QUESTIONS)], number % 2 == 0
             while True:
                 with contextlib.suppress(openai.APIError, httpx.TransportError):
-                    replies.append((question, await ask(client, question, stream)))
+                    replies.append((question, await ask(client, question, stream, begun)))
                     break
                 again[stream] += 1
                 assert sum(again.values()) < 40, "the same request again and again"
@@ -105,7 +110,8 @@ async def load(url: str, midway: Callable[[], None]) -> tuple[list[tuple[str, st
     async def act() -> None:
         while len(replies) < len(QUESTIONS):
             await asyncio.sleep(0.01)
-        await asyncio.to_thread(midway)
+        begun.clear()
+        await asyncio.to_thread(midway, begun)
         acted.set()
 
     async with client:
@@ -117,8 +123,8 @@ def test_a_replica_that_is_killed_and_one_that_drains_lose_no_request(replicas: 
     first, second, third = replicas
     expected = {question: reply.content for question, reply in zip(QUESTIONS, _alone(third), strict=True)}
 
-    def kill() -> None:
-        first.until(lambda: _busy(first))
+    def kill(begun: threading.Event) -> None:
+        assert begun.wait(60)
         os.killpg(first.pid, signal.SIGKILL)
 
     replies, streams, others = asyncio.run(load(balancer, kill))
@@ -126,13 +132,9 @@ def test_a_replica_that_is_killed_and_one_that_drains_lose_no_request(replicas: 
     assert others == 0  # the balancer sent them again
     assert 0 < streams <= 6  # those that the dead replica had begun: at most its share of the twelve, and a few
 
-    replies, streams, others = asyncio.run(load(balancer, lambda: asyncio.run(stops_in_good_order(second))))
+    replies, streams, others = asyncio.run(load(balancer, lambda _: asyncio.run(stops_in_good_order(second))))
     assert all(expected[question] == reply for question, reply in replies)
     assert (streams, others) == (0, 0)  # nobody noticed
-
-
-def _busy(server: Server) -> bool:
-    return server.metric("vllm:num_requests_running") > 0
 
 
 def _alone(server: Server) -> list[Any]:
