@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.engine.launch import Server, serve
+from tests.engine.launch import Server, serve, together
 
 # Small on purpose: long prompts are prefilled in chunks, and more requests than the cache holds are preempted. On the
 # CPU, vLLM 0.32's V1 runner dies where a request with a seed is prefilled in chunks (docs/findings/upstream.md): the
@@ -19,15 +19,19 @@ STRESS_FLAGS = (
 
 
 @pytest.fixture(scope="session")
-def v1() -> Iterator[Server]:
-    with serve(*STRESS_FLAGS, runner="v1") as server:
-        yield server
+def runners() -> Iterator[list[Server]]:
+    with together(*(serve(*STRESS_FLAGS, runner=runner) for runner in ("v1", "v2"))) as servers:
+        yield servers
 
 
 @pytest.fixture(scope="session")
-def v2() -> Iterator[Server]:
-    with serve(*STRESS_FLAGS, runner="v2") as server:
-        yield server
+def v1(runners: list[Server]) -> Server:
+    return runners[0]
+
+
+@pytest.fixture(scope="session")
+def v2(runners: list[Server]) -> Server:
+    return runners[1]
 
 
 @pytest.fixture(params=["v1", "v2"])

@@ -30,7 +30,7 @@ def test_sampled_frequencies_are_the_oracles(engine: Server) -> None:
     logprobs = full_row(complete(engine, FULL_ROW)[0])
     assert oracle.entropy(logprobs) > 0.7, "the prompt leaves nothing to sample"
     arms: list[tuple[Any, float]] = [(None, 1.0), (EM, 1.0), (EM, 2.0), (ADAPTIVE, 1.0)]
-    rounds, n = (8, 100) if engine.runner == "v1" else (4, 100)
+    rounds, n = (8, 100) if engine.runner == "v1" else (2, 100)
     shared = {"prompt": UNSURE, "max_tokens": 1, "n": n}
     bodies = [
         shared | {"temperature": t, "seed": 1000 * r + 100_000 * a} | ({"em_inf": em} if em else {})

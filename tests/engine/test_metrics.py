@@ -14,7 +14,7 @@ pytestmark = pytest.mark.engine
 
 @needs_prometheus
 def test_counters(engine: Server, tmp_path: Path) -> None:
-    counters_are_the_sums_over_the_replies(engine, tmp_path, requests=90 if engine.runner == "v1" else 24)
+    counters_are_the_sums_over_the_replies(engine, tmp_path, requests=90 if engine.runner == "v1" else 12)
 
 
 @needs_prometheus

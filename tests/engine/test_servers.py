@@ -15,7 +15,7 @@ import openai
 import pytest
 
 from tests.engine.drain import stops_in_good_order
-from tests.engine.launch import ENGINE_FLAGS, START_LIMIT, Server, environment, serve, started
+from tests.engine.launch import ENGINE_FLAGS, START_LIMIT, Server, environment, serve, started, together
 from tests.engine.prometheus import counters_are_the_sums_over_the_replies, needs_prometheus
 from tests.engine.support import ALL_LOGPROBS, CAPPED, EM, check
 from tests.engine.support import complete as complete_all
@@ -37,7 +37,7 @@ def several() -> Iterator[Server]:
 
 @needs_prometheus
 def test_several_api_servers_and_tensor_parallel_ranks_count_once(several: Server, tmp_path: Path) -> None:
-    counters_are_the_sums_over_the_replies(several, tmp_path, requests=60)
+    counters_are_the_sums_over_the_replies(several, tmp_path, requests=24)
 
 
 def complete(server: Server, **options: Any) -> str:
@@ -76,7 +76,7 @@ def test_data_parallel_engines_of_two_machines_report_to_the_server_that_asked(t
         started(*both, "--headless", "--data-parallel-start-rank", "1"),
         serve(*both, "--api-server-count", "2", executor="mp") as server,
     ):
-        counters_are_the_sums_over_the_replies(server, tmp_path, requests=60)
+        counters_are_the_sums_over_the_replies(server, tmp_path, requests=24)
         asyncio.run(stops_in_good_order(server))
 
 
@@ -91,35 +91,42 @@ def test_a_machine_without_a_compiler_answers_with_logprobs(tmp_path: Path) -> N
         assert complete(server, logprobs=2, max_tokens=4, extra_body={"em_inf": True})
 
 
-def test_v1_with_speculative_decoding_refuses_em_inf() -> None:
-    with serve(*NGRAM, runner="v1") as server:
-        assert complete(server, temperature=0)
-        with pytest.raises(openai.BadRequestError, match="speculative decoding") as caught:
-            complete(server, extra_body={"em_inf": True})
-        assert caught.value.param == "body.em_inf"
-        assert complete(server, temperature=0, extra_body={"em_inf": False})
-        assert server.http.get("/v1/em_inf").json()["available"] is False
+@pytest.fixture(scope="module")
+def drafting() -> Iterator[list[Server]]:
+    """Speculative decoding on both runners."""
+    with together(*(serve(*NGRAM, "--max-logprobs", "-1", runner=runner) for runner in ("v1", "v2"))) as servers:
+        yield servers
 
 
-def test_v2_with_speculative_decoding_honours_em_inf() -> None:
+def test_v1_with_speculative_decoding_refuses_em_inf(drafting: list[Server]) -> None:
+    server, _ = drafting
+    assert complete(server, temperature=0)
+    with pytest.raises(openai.BadRequestError, match="speculative decoding") as caught:
+        complete(server, extra_body={"em_inf": True})
+    assert caught.value.param == "body.em_inf"
+    assert complete(server, temperature=0, extra_body={"em_inf": False})
+    assert server.http.get("/v1/em_inf").json()["available"] is False
+
+
+def test_v2_with_speculative_decoding_honours_em_inf(drafting: list[Server]) -> None:
     """Every row of a draft gets its request's method: what is accepted and what replaces it are greedy."""
-    with serve(*NGRAM, "--max-logprobs", "-1", runner="v2") as server:
-        greedy = complete(server, temperature=0, max_tokens=40)
-        assert complete(server, max_tokens=40, extra_body={"em_inf": CAPPED | {"steps": 64}}) == greedy
-        assert complete(server, max_tokens=40) != greedy
-        assert server.metric("vllm:spec_decode_num_draft_tokens_total") > 0
+    _, server = drafting
+    greedy = complete(server, temperature=0, max_tokens=40)
+    assert complete(server, max_tokens=40, extra_body={"em_inf": CAPPED | {"steps": 64}}) == greedy
+    assert complete(server, max_tokens=40) != greedy
+    assert server.metric("vllm:spec_decode_num_draft_tokens_total") > 0
 
-        # A draft's tokens each have a row; what is rejected is sampled again, and counted once.
-        arms: list[Any] = [EM, {"method": "none"}]
-        shared = {"max_tokens": 50, "ignore_eos": True, "temperature": 0.7} | ALL_LOGPROBS
-        bodies = [
-            shared | {"prompt": "12+12+12+12+Q" * (1 + i % 3), "em_inf": arms[i % 2] | {"stats": "tokens"}}
-            for i in range(6)
-        ]
-        accepted = server.metric("vllm:spec_decode_num_accepted_tokens_total")
-        answers = complete_all(server, *bodies)
-        assert sum(check(answer, body["em_inf"]) for answer, body in zip(answers, bodies, strict=True)) == 300
-        assert server.metric("vllm:spec_decode_num_accepted_tokens_total") > accepted
+    # A draft's tokens each have a row; what is rejected is sampled again, and counted once.
+    arms: list[Any] = [EM, {"method": "none"}]
+    shared = {"max_tokens": 25, "ignore_eos": True, "temperature": 0.7} | ALL_LOGPROBS
+    bodies = [
+        shared | {"prompt": "12+12+12+12+Q" * (1 + i % 3), "em_inf": arms[i % 2] | {"stats": "tokens"}}
+        for i in range(6)
+    ]
+    accepted = server.metric("vllm:spec_decode_num_accepted_tokens_total")
+    answers = complete_all(server, *bodies)
+    assert sum(check(answer, body["em_inf"]) for answer, body in zip(answers, bodies, strict=True)) == 150
+    assert server.metric("vllm:spec_decode_num_accepted_tokens_total") > accepted
 
 
 def test_a_pooling_model_refuses_em_inf() -> None:

@@ -28,14 +28,14 @@ def test_every_tokens_entropy_is_its_own(engine: Server) -> None:
         | ALL_LOGPROBS
         | {"em_inf": ARMS[i % 4] | {"stats": "tokens"}, "n": 3 if i % 7 == 3 else 1}
         | ({"temperature": 0, "n": 1} if i % 9 == 5 else {})
-        for i in range(60 if engine.runner == "v1" else 20)
+        for i in range(40 if engine.runner == "v1" else 14)
     ]
     plain = [{"prompt": UNSURE, "max_tokens": 30, "em_inf": em} for em in (False, True, EM)]
     preempted = engine.metric("vllm:num_preemptions_total")
     answers = complete(engine, *bodies, *plain)
     assert engine.metric("vllm:num_preemptions_total") > preempted, "the cache was large enough for all"
     seen = sum(check(answer, body["em_inf"]) for answer, body in zip(answers, bodies, strict=False))
-    assert seen >= (2000 if engine.runner == "v1" else 700)
+    assert seen >= (1500 if engine.runner == "v1" else 500)
     assert not any("em_inf" in answer for answer in answers[len(bodies) :])
 
 
