@@ -91,17 +91,10 @@ class Server:
 
 @contextlib.contextmanager
 def serve(*flags: str, runner: str = "v1", executor: str = "uni", **env: str) -> Iterator[Server]:
-    """em-serve with `flags` and environment variables, until the block ends.
-
-    Args:
-        executor: "uni" runs the model in the engine's process. "mp" is vLLM's default on the CPU: a process of its own,
-            and both spin for each other, so that under load clients and server wait for seconds on two cores.
-    """
+    """em-serve with `flags` and environment variables, until the block ends; for `executor` see `started`."""
     port = free_port()
     address = ("--host", "127.0.0.1", "--port", str(port), "--api-key", API_KEY)
-    if executor == "uni":
-        flags, env = (*flags, "--distributed-executor-backend", "uni"), ONE_PROCESS | env
-    with started(*flags, *address, runner=runner, **env) as (process, log):
+    with started(*flags, *address, runner=runner, executor=executor, **env) as (process, log):
         server = Server(f"http://127.0.0.1:{port}", runner, log, process.pid)
         _wait(server, process)
         yield server
@@ -115,8 +108,17 @@ def together(*servers: contextlib.AbstractContextManager[Server]) -> Iterator[li
 
 
 @contextlib.contextmanager
-def started(*flags: str, runner: str = "v1", **env: str) -> Iterator[tuple[subprocess.Popen[bytes], Path]]:
-    """The process of an em-serve, and its log; whether it serves is not looked at."""
+def started(
+    *flags: str, runner: str = "v1", executor: str = "uni", **env: str
+) -> Iterator[tuple[subprocess.Popen[bytes], Path]]:
+    """The process of an em-serve, and its log; whether it serves is not looked at.
+
+    Args:
+        executor: "uni" runs the model in the engine's process. "mp" is vLLM's default on the CPU: a process of its own,
+            and both spin for each other, so that under load clients and server wait for seconds on two cores.
+    """
+    if executor == "uni":
+        flags, env = (*flags, "--distributed-executor-backend", "uni"), ONE_PROCESS | env
     model = flags[:1] if flags and not flags[0].startswith("-") else ()  # vLLM wants it first
     log = Path(tempfile.mkstemp(prefix="em-serve-", suffix=".log")[1])
     with log.open("wb") as output:
@@ -156,13 +158,13 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
 
 def offline(requests: list[dict[str, Any]], runner: str, with_plugin: bool) -> list[Any]:
     """Answers of vLLM's offline `LLM` to `requests` (see offline.py): token ids, or an error's text."""
-    hidden = {} if with_plugin else {"EM_INF_HIDDEN": "1"}
+    extra = {} if with_plugin else ONE_PROCESS | {"EM_INF_HIDDEN": "1"}  # else as a user's script, in two processes
     with tempfile.TemporaryDirectory() as folder:
         inbox, outbox = Path(folder, "in.json"), Path(folder, "out.json")
         inbox.write_text(json.dumps(requests))
         command = [sys.executable, str(HERE / "offline.py"), str(inbox), str(outbox)]
         done = subprocess.run(
-            command, env=environment(runner, **hidden), capture_output=True, text=True, timeout=600, check=False
+            command, env=environment(runner, **extra), capture_output=True, text=True, timeout=600, check=False
         )
         assert outbox.exists(), (done.stdout + done.stderr)[-4000:]
         answers: list[Any] = json.loads(outbox.read_text())

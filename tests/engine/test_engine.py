@@ -94,7 +94,7 @@ def test_methods_reach_the_rows_of_their_requests_under_pressure(engine: Server)
     not. Requests enter and leave, long prompts are prefilled in chunks, and the cache is too small for all."""
     arms: list[Any] = [STRONG, None, COLD, False]
     # Many prompts a request, so that they wait inside the engine: however fast it is, the cache runs out.
-    prompts = ["Q" * (70 * (i % 3)) + UNSURE for i in range(12 if engine.runner == "v1" else 6)]
+    prompts = ["Q" * (70 * (i % 3)) + UNSURE for i in range(12 if engine.runner == "v1" else 3)]
     bodies = [
         {"prompt": prompts, "max_tokens": 16 + 11 * i, "ignore_eos": True} | ({} if arm is None else {"em_inf": arm})
         for i, arm in enumerate(arms)

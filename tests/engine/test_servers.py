@@ -74,7 +74,7 @@ def test_data_parallel_engines_of_two_machines_report_to_the_server_that_asked(t
     both += ("--data-parallel-address", "127.0.0.1", "--data-parallel-rpc-port", meeting)
     with (
         started(*both, "--headless", "--data-parallel-start-rank", "1"),
-        serve(*both, "--api-server-count", "2", executor="mp") as server,
+        serve(*both, "--api-server-count", "2") as server,
     ):
         counters_are_the_sums_over_the_replies(server, tmp_path, requests=24)
         asyncio.run(stops_in_good_order(server))
