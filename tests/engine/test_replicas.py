@@ -8,7 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -60,8 +60,8 @@ def _status(url: str) -> int:
     return 0
 
 
-async def ask(client: openai.AsyncOpenAI, question: str, stream: bool, begun: threading.Event) -> str:
-    """A greedy reply, of the same tokens whichever replica gives it. `begun` is set when the first one streams it.
+async def ask(client: openai.AsyncOpenAI, question: str, stream: bool, on_first: set[object]) -> str:
+    """A greedy reply, of the same tokens whichever replica gives it; in `on_first` while the first one streams it.
 
     Raises:
         openai.APIError, httpx.TransportError: where it did not come whole.
@@ -74,25 +74,28 @@ async def ask(client: openai.AsyncOpenAI, question: str, stream: bool, begun: th
     text, ended = "", False
     chunks = await client.chat.completions.create(messages=messages, stream=True, **settings)
     if "x-request-id" in chunks.response.headers:
-        begun.set()
-    async for chunk in chunks:
-        text += chunk.choices[0].delta.content or ""
-        ended = ended or chunk.choices[0].finish_reason == "length"
+        on_first.add(chunks)
+    try:
+        async for chunk in chunks:
+            text += chunk.choices[0].delta.content or ""
+            ended = ended or chunk.choices[0].finish_reason == "length"
+    finally:
+        on_first.discard(chunks)
     if not ended:
         raise httpx.RemoteProtocolError("the stream ended too soon")
     return text
 
 
-async def load(url: str, midway: Callable[[threading.Event], None]) -> tuple[list[tuple[str, str]], int, int]:
+async def load(url: str, midway: Callable[[set[object]], None]) -> tuple[list[tuple[str, str]], int, int]:
     """The questions in turn, every other request streamed, twelve at a time. `midway` is called after as many replies
-    as there are questions, with what is set when the first replica next begins a stream; the load goes on until as many
-    have come after it.
+    as there are questions, with the streams that the first replica is giving; the load goes on until as many have come
+    after it.
 
     Returns the questions with their replies, and how many streams and other requests the client had to send again.
     """
     numbers, replies, again = itertools.count(), [], {True: 0, False: 0}
     client = openai.AsyncOpenAI(base_url=f"{url}/v1", api_key=API_KEY, max_retries=0, timeout=120)
-    acted, begun = asyncio.Event(), threading.Event()
+    acted, on_first = asyncio.Event(), set[object]()
 
     async def ask_on() -> None:
         left = len(QUESTIONS) // 12
@@ -101,7 +104,7 @@ async def load(url: str, midway: Callable[[threading.Event], None]) -> tuple[lis
             question, stream = QUESTIONS[number % len(QUESTIONS)], number % 2 == 0
             while True:
                 with contextlib.suppress(openai.APIError, httpx.TransportError):
-                    replies.append((question, await ask(client, question, stream, begun)))
+                    replies.append((question, await ask(client, question, stream, on_first)))
                     break
                 again[stream] += 1
                 assert sum(again.values()) < 40, "the same request again and again"
@@ -110,8 +113,7 @@ async def load(url: str, midway: Callable[[threading.Event], None]) -> tuple[lis
     async def act() -> None:
         while len(replies) < len(QUESTIONS):
             await asyncio.sleep(0.01)
-        begun.clear()
-        await asyncio.to_thread(midway, begun)
+        await asyncio.to_thread(midway, on_first)
         acted.set()
 
     async with client:
@@ -123,8 +125,15 @@ def test_a_replica_that_is_killed_and_one_that_drains_lose_no_request(replicas: 
     first, second, third = replicas
     expected = {question: reply.content for question, reply in zip(QUESTIONS, _alone(third), strict=True)}
 
-    def kill(begun: threading.Event) -> None:
-        assert begun.wait(60)
+    def kill(streams: set[object]) -> None:
+        """In the middle of a stream: one that is open still when the client has read all that a halted replica sent."""
+        for _ in range(30):
+            os.killpg(first.pid, signal.SIGSTOP)
+            time.sleep(1)
+            if streams:
+                break
+            os.killpg(first.pid, signal.SIGCONT)
+            time.sleep(0.1)
         os.killpg(first.pid, signal.SIGKILL)
 
     replies, streams, others = asyncio.run(load(balancer, kill))
