@@ -12,6 +12,7 @@ FROM scratch AS source
 COPY scripts/image-project.sh scripts/pinned.sh /scripts/
 COPY requirements/cpu.lock requirements/cuda.lock /requirements/
 COPY pyproject.toml README.md LICENSE /
+COPY answers /answers
 COPY em_sampler /em_sampler
 COPY em_train /em_train
 COPY server /server

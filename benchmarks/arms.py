@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from benchmarks.cases import Case
-from em_sampler.oracle import BETA1, BETA2, EPSILON
 from em_sampler.params import EMInfParams
-from em_sampler.rows import RowParams
-from em_sampler.torch_batched import BatchedTransform
+from em_sampler.transforms.batch import BatchParams
+from em_sampler.transforms.eager import EagerTransform
+from em_sampler.transforms.reference import BETA1, BETA2, EPSILON
 
 Call = Callable[[Tensor], object]  # on logits [rows, vocab] float32, which it may change
 Steps = Callable[..., tuple[Tensor, Tensor, Tensor]]
@@ -22,17 +22,17 @@ STEPS_IN_A_GRAPH = 5  # torch.compile unrolls them; 64 would take it minutes
 
 def ours(case: Case, device: torch.device) -> Call:
     """The fastest form that em_sampler has for the device."""
-    from em_sampler.backends import fastest_transform
+    from em_sampler.transforms.dispatch import build_transform
 
-    engine = fastest_transform(case.vocab, device, case.rows)
-    packed = RowParams.of(case.params(), device)
+    engine = build_transform(case.vocab, device, case.rows)
+    packed = BatchParams.of(case.params(), device)
     return lambda logits: engine(logits, packed)
 
 
 def eager(case: Case, device: torch.device) -> Call:
     """The reference for batches, a pass over memory for each operation."""
-    engine = BatchedTransform(case.vocab, device, case.rows)
-    packed = RowParams.of(case.params(), device)
+    engine = EagerTransform(case.vocab, device, case.rows)
+    packed = BatchParams.of(case.params(), device)
     return lambda logits: engine(logits, packed)
 
 
@@ -74,7 +74,7 @@ def descent(case: Case, device: torch.device, take_steps: Steps) -> Call:
 
     Always all of a case's steps, since to ask whether any row is left would wait for the device.
     """
-    packed = RowParams.of(case.params(), device)
+    packed = BatchParams.of(case.params(), device)
     rows = packed["threshold"], packed["learning_rate"], packed["kl_weight"]
     powers = [[1 - BETA1**t, 1 - BETA2**t] for t in range(1, case.steps + 1)]
     corrections = torch.tensor(powers, dtype=torch.float32, device=device)  # on the device, or each step would wait

@@ -13,7 +13,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from benchmarks.logits import language_model_logits
-from em_sampler import EMInfParams, oracle
+from em_sampler import EMInfParams
+from em_sampler.transforms import reference
 
 TARGET = Path("docs/figures/the-transform.png")
 ROW, VOCAB = 7, 151_936  # one that is open: its entropy is above 1 nat
@@ -24,13 +25,13 @@ def main() -> None:
     """Draw and save."""
     logits = language_model_logits(ROW + 1, VOCAB, origin="bfloat16")[ROW].double().numpy()
     values, counts = np.unique(logits, return_counts=True)
-    p = oracle.softmax(logits)
+    p = reference.softmax(logits)
     cut = float((p * logits).sum())
     figure, (above, below) = plt.subplots(2, 1, figsize=(8, 6), sharex=True, layout="constrained")
     above.bar(values - cut, counts, width=0.06, color="#7a8ca3")
     above.set(yscale="log", ylabel="logits of that value", title=f"{VOCAB:,} logits, {len(values):,} values")
     for steps in STEPS:
-        moved, _ = oracle.em_inf(logits, EMInfParams(threshold=0.0, steps=steps))
+        moved, _ = reference.em_inf(logits, EMInfParams(threshold=0.0, steps=steps))
         order = np.argsort(logits)
         below.plot(
             logits[order] - cut,

@@ -15,7 +15,7 @@ import httpx
 import psutil
 
 from benchmarks.launch import EM_SERVE, serve
-from em_sampler.records import TOKEN, TOTALS
+from em_sampler.stats.wire import TOKEN_DTYPE, TOTALS_DTYPE
 
 CONCURRENCY, REQUESTS, TOKENS = 16, 64, 48
 ARMS: dict[str, dict[str, Any]] = {
@@ -92,7 +92,7 @@ def main() -> None:
         print(f"/health/ready: {asyncio.run(probe('/health/ready', 500)) * 1000:.1f} ms of processor time")
         processes = [api_server, *api_server.children(recursive=True)]
         print("memory, MiB:", *(process.memory_info().rss >> 20 for process in processes))
-    print(f"statistics: {TOKEN.itemsize} bytes a token, or {TOTALS.itemsize} a reply four times a second")
+    print(f"statistics: {TOKEN_DTYPE.itemsize} bytes a token, or {TOTALS_DTYPE.itemsize} a reply four times a second")
 
 
 if __name__ == "__main__":

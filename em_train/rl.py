@@ -6,9 +6,9 @@ from typing import Any, Literal
 import torch
 from trl.trainer.rloo_trainer import RLOOTrainer
 
+from answers.extract import Answer
 from em_train.probe import Guarded, is_right
 from em_train.settings import RlSettings
-from server.strategies.answers import Answer
 
 
 class ConfidenceTrainer(Guarded, RLOOTrainer):

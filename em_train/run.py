@@ -21,12 +21,12 @@ from peft import LoraConfig, get_peft_model
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
+from answers.extract import Answer
 from em_train import card, data, outputs
 from em_train.guards import Limits
 from em_train.probe import Probe
 from em_train.prompts import InputError, Prompt, read_prompts
 from em_train.settings import FtSettings, RlSettings, Settings, TrainSettings
-from server.strategies.answers import Answer
 
 CHECKPOINTS = "checkpoints"
 if not torch.cuda.is_available():  # where TRL could use vLLM, its warning about untried versions matters

@@ -6,13 +6,13 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
+from answers.vote import Vote
 from loadtest.calibrate import Calibration, find_temperature
 from loadtest.client import Client
 from loadtest.load import run_load
 from loadtest.records import Call, Item, Stage
 from loadtest.scenario import Arm, Closed, Open, Scenario, Sweep
 from loadtest.tasks import LoadedTask
-from server.strategies.vote import Vote
 
 WARMUP_REPETITION = 999  # whose seeds no measured question has
 GENERATED, PROMPTED = "vllm:generation_tokens_total", "vllm:prompt_tokens_total"

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, Self
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from server.strategies.answers import Answer
+from answers.extract import Answer
 
 SEED_STRIDE = 1000  # between the seeds of two questions: a strategy's branches have the next ones
 

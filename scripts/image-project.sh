@@ -36,5 +36,5 @@ fi
 cp -R . "$folder/src" # where building leaves what it made
 pip install -qq --no-deps --no-build-isolation "$folder/src"
 cd / # where it is the installed project that Python finds
-"$python" -c 'from em_sampler.supported import check_vllm_version; check_vllm_version()'
+"$python" -c 'from em_sampler.vllm_plugin.version import check_vllm_version; check_vllm_version()'
 [ "$build" != cpu ] || pip uninstall -qq --yes pip # the environment is ours: nothing is left to install with

@@ -9,8 +9,9 @@ from collections.abc import Callable
 from importlib import metadata
 
 import demo
-from em_sampler.params import MAX_STEPS, Params, ParamsError, capped, parse
-from em_sampler.supported import check_vllm_version
+from em_sampler.params import MAX_STEPS, Params, parse_params, with_step_limit
+from em_sampler.validation import ParamsError
+from em_sampler.vllm_plugin.version import check_vllm_version
 from server.protocol import MAX_IN_FLIGHT, REFINEMENT_PROMPT
 from server.strategies.base import MAX_BRANCHES, MIN_BRANCHES
 
@@ -47,7 +48,7 @@ def serve(argv: list[str]) -> None:
     from vllm.entrypoints.cli.serve import ServeSubcommand
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    from em_sampler.channels import ADDRESS_VARIABLE, FOLDER_VARIABLE, sockets_folder
+    from em_sampler.stats.transport import ADDRESS_ENV, SOCKET_DIR_ENV, socket_dir
 
     command = ServeSubcommand()
     parser = FlexibleArgumentParser(prog="em-serve", description=__doc__)  # type: ignore[no-untyped-call]
@@ -69,8 +70,8 @@ def serve(argv: list[str]) -> None:
         )
     command.validate(args)
     if args.em_inf_statistics_address:
-        os.environ[ADDRESS_VARIABLE] = args.em_inf_statistics_address
-    with sockets_folder() as os.environ[FOLDER_VARIABLE]:
+        os.environ[ADDRESS_ENV] = args.em_inf_statistics_address
+    with socket_dir() as os.environ[SOCKET_DIR_ENV]:
         command.cmd(args)
 
 
@@ -129,7 +130,7 @@ def _at_least(least: int) -> Callable[[str], int]:
 
 
 def _address(text: str) -> str:
-    from em_sampler.channels import parse_address
+    from em_sampler.stats.transport import parse_address
 
     try:
         parse_address(text)
@@ -141,7 +142,7 @@ def _address(text: str) -> str:
 def _default(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Params | None:
     try:
         value = None if args.em_inf_default is None else json.loads(args.em_inf_default)
-        return capped(parse(value), args.em_inf_max_steps)
+        return with_step_limit(parse_params(value), args.em_inf_max_steps)
     except (ParamsError, json.JSONDecodeError) as error:
         parser.error(f"argument --em-inf-default: {error}")
 
@@ -149,7 +150,7 @@ def _default(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Param
 def _refuse_what_bypasses_the_plugin() -> None:
     if os.environ.get("VLLM_USE_RUST_FRONTEND", "0").lower() not in ("", "0", "false"):
         raise RuntimeError("VLLM_USE_RUST_FRONTEND answers requests without this server's routes: unset it")
-    if any("em_sampler.plugin" in argument for argument in sys.argv):
+    if any("em_sampler.vllm_plugin.processor" in argument for argument in sys.argv):
         raise RuntimeError("the sampler plugin is loaded by its entry point: drop it from --logits-processors")
 
 

@@ -12,10 +12,11 @@ from collections.abc import Iterator
 from http import HTTPStatus
 from typing import Any
 
-from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
-TEARDOWN = 5.0  # seconds that the engine's processes have to end, when the drain has used up its time
+from server.errors import error_response
+
+ENGINE_SHUTDOWN_S = 5.0  # seconds that the engine's processes have to end, when the drain has used up its time
 
 
 class Drain:
@@ -46,7 +47,7 @@ class Drain:
             self.changed.wait_for(lambda: self.requests == 0, timeout)
 
 
-def drain_first(engine_client: Any, drain: Drain) -> None:
+def drain_before_shutdown(engine_client: Any, drain: Drain) -> None:
     """Make vLLM's `engine_client.shutdown`, called on SIGTERM with --shutdown-timeout, drain this server first."""
     shutdown = engine_client.shutdown
 
@@ -54,35 +55,16 @@ def drain_first(engine_client: Any, drain: Drain) -> None:
         deadline = time.monotonic() + (timeout or 0)
         # On the event loop, as when the start fails, a wait would hold up what it waits for.
         drain.run(0 if _on_event_loop() else timeout or 0)
-        shutdown(timeout=max(deadline - time.monotonic(), TEARDOWN) if timeout else timeout)
+        shutdown(timeout=max(deadline - time.monotonic(), ENGINE_SHUTDOWN_S) if timeout else timeout)
 
     engine_client.shutdown = drained
 
 
-def refusal() -> Response:
-    """503 for a request that comes too late; `Connection: close` sends the client's next one elsewhere."""
-    status = HTTPStatus.SERVICE_UNAVAILABLE
+def shutting_down_response() -> Response:
+    """Make the 503 for a request that comes too late; `Connection: close` sends the client's next one elsewhere."""
     message = "this server is shutting down: send the request again"
-    content = {"message": message, "type": status.phrase, "param": None, "code": status.value}
-    return JSONResponse({"error": content}, status.value, headers={"Retry-After": "1", "Connection": "close"})
-
-
-async def live() -> Response:
-    """Whether the process answers, whatever its engine does: a busy or draining server is not to be restarted."""
-    return Response()
-
-
-async def ready(raw_request: Request) -> Response:
-    """Whether to send requests here: not to a server that drains, or whose engine is dead."""
-    state: Any = raw_request.app.state
-    if state.drain.draining:
-        return Response("draining", HTTPStatus.SERVICE_UNAVAILABLE)
-    try:
-        if state.engine_client is not None:
-            await state.engine_client.check_health()
-    except Exception as error:  # of vLLM's: its way to say so
-        return Response(f"{type(error).__name__}: {error}", HTTPStatus.SERVICE_UNAVAILABLE)
-    return Response()
+    headers = {"Retry-After": "1", "Connection": "close"}
+    return error_response(HTTPStatus.SERVICE_UNAVAILABLE, message, None, headers)
 
 
 def _on_event_loop() -> bool:

@@ -14,31 +14,32 @@ from vllm.exceptions import GenerationError, VLLMValidationError
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.v1.engine.parallel_sampling import ParentRequest
 
-from em_sampler import channels
-from em_sampler.params import REPORT_KEY, Params, ParamsError
-from em_sampler.plugin import requested
-from server.metrics import Metrics
-from server.stats import GRACE, LATE, Statistics, Tally
-from server.strategies.run import Run
+from em_sampler.params import RETURN_ADDRESS_KEY, Params
+from em_sampler.stats import transport
+from em_sampler.validation import ParamsError
+from em_sampler.vllm_plugin.request import params_of
+from server.stats.collector import METRICS_TIMEOUT_S, RESPONSE_TIMEOUT_S, RequestStats, StatsCollector
+from server.stats.metrics import Metrics
+from server.strategies.run import StrategyRun
 
 if TYPE_CHECKING:
     from server.tracing import Tracing  # only where vLLM traces
 
 # The engine requests made for the HTTP request at hand, in order; None on a route that cannot return statistics.
-tallies: ContextVar[list[Tally] | None] = ContextVar("em_inf_tallies", default=None)
+request_stats_var: ContextVar[list[RequestStats] | None] = ContextVar("em_inf_tallies", default=None)
 # The strategy of the HTTP request at hand.
-running: ContextVar[Run | None] = ContextVar("em_inf_running", default=None)
+strategy_run_var: ContextVar[StrategyRun | None] = ContextVar("em_inf_running", default=None)
 
 
-async def watch(engine_client: EngineClient, metrics: Metrics) -> None:
+async def install_stats(engine_client: EngineClient, metrics: Metrics) -> None:
     """Observe all requests to `engine_client`.
 
     Not where the server was not started by em-serve: then the workers know no socket to send statistics to.
     """
-    place = channels.place()
+    place = transport.server_address()
     if not place:
         return
-    statistics = Statistics(metrics, place, engine_client.vllm_config.parallel_config._api_process_rank)
+    statistics = StatsCollector(metrics, place, engine_client.vllm_config.parallel_config._api_process_rank)
     _number_the_samples()
     _wrap_generate(engine_client, statistics, await _tracing(engine_client))
 
@@ -51,18 +52,18 @@ async def _tracing(engine_client: EngineClient) -> "Tracing | None":
     return Tracing(engine_client)
 
 
-def _wrap_generate(engine_client: EngineClient, statistics: Statistics, tracing: "Tracing | None") -> None:
+def _wrap_generate(engine_client: EngineClient, statistics: StatsCollector, tracing: "Tracing | None") -> None:
     generate = engine_client.generate
 
     def observed(prompt: Any, sampling_params: SamplingParams, request_id: str, **options: Any) -> AsyncIterator[Any]:
-        extra_args = {k: v for k, v in (sampling_params.extra_args or {}).items() if k != REPORT_KEY}
+        extra_args = {k: v for k, v in (sampling_params.extra_args or {}).items() if k != RETURN_ADDRESS_KEY}
         sampling_params = copy(sampling_params)
         sampling_params.extra_args = extra_args or None  # no return address but ours
         params = _observable(sampling_params)
         if params is None:
             return generate(prompt, sampling_params, request_id, **options)
         tally = statistics.tally(params, sampling_params.n)
-        wanted = tallies.get()
+        wanted = request_stats_var.get()
         if wanted is not None:
             wanted.append(tally)
         if tracing:
@@ -70,13 +71,15 @@ def _wrap_generate(engine_client: EngineClient, statistics: Statistics, tracing:
         waited_for = params.stats != "none" or tracing is not None
         sampling_params.extra_args = extra_args | statistics.report(tally, every_token=waited_for)
         outputs = generate(prompt, sampling_params, request_id, **options)
-        return _counted(outputs, sampling_params, statistics, tally, GRACE if waited_for else LATE)
+        return _counted(
+            outputs, sampling_params, statistics, tally, RESPONSE_TIMEOUT_S if waited_for else METRICS_TIMEOUT_S
+        )
 
     engine_client.generate = observed  # type: ignore[method-assign, assignment]
 
 
-class BranchesOf:
-    """The engine request that vLLM made of an HTTP request, and its copies (`server.strategies.run.Origin`)."""
+class EngineBranches:
+    """The engine request that vLLM made of an HTTP request, and its copies (`branches.EngineRequest`)."""
 
     def __init__(
         self, client: Any, generate: Any, prompt: Any, sampling_params: SamplingParams, request_id: str
@@ -91,7 +94,7 @@ class BranchesOf:
 
     def branch(
         self, number: int, prompt: Any | None, logprobs: int, every_token: bool
-    ) -> tuple[str, bool, AsyncIterator[Any], list[Tally]]:
+    ) -> tuple[str, bool, AsyncIterator[Any], list[RequestStats]]:
         """See the protocol."""
         params = copy(self.sampling_params)
         if params.seed is not None:
@@ -100,12 +103,12 @@ class BranchesOf:
             params.logprobs = max(params.logprobs or 0, logprobs)  # 0: of the sampled token
         if every_token:
             params.output_kind = RequestOutputKind.DELTA
-        request_id, own = f"{self.request_id}-{number}", list[Tally]()
-        token = tallies.set(own)
+        request_id, own = f"{self.request_id}-{number}", list[RequestStats]()
+        token = request_stats_var.set(own)
         try:
             outputs = self.generate(self.prompt if prompt is None else prompt, params, request_id)
         finally:
-            tallies.reset(token)
+            request_stats_var.reset(token)
         return request_id, params.output_kind == RequestOutputKind.DELTA, outputs, own
 
     async def abort(self, request_id: str) -> None:
@@ -116,7 +119,7 @@ class BranchesOf:
         """See the protocol: HTTP 500, or an error in the stream."""
         return GenerationError(message)
 
-    def replayed(self, outputs: list[Any]) -> list[Any]:
+    def as_own_outputs(self, outputs: list[Any]) -> list[Any]:
         """See the protocol: one after another in a stream, otherwise as one."""
         if self.sampling_params.output_kind == RequestOutputKind.DELTA:
             return outputs
@@ -126,17 +129,17 @@ class BranchesOf:
         return [first]
 
 
-def multiply(engine_client: EngineClient) -> None:
+def install_strategies(engine_client: EngineClient) -> None:
     """Let the strategy of an HTTP request, if it has one, answer for its engine request."""
     generate = engine_client.generate
 
     def multiplied(prompt: Any, sampling_params: SamplingParams, request_id: str, **options: Any) -> AsyncIterator[Any]:
-        run = running.get()
+        run = strategy_run_var.get()
         if run is None:
             return generate(prompt, sampling_params, request_id, **options)
         bound = functools.partial(generate, **options)
         try:
-            return run.outputs(BranchesOf(engine_client, bound, prompt, sampling_params, request_id))
+            return run.outputs(EngineBranches(engine_client, bound, prompt, sampling_params, request_id))
         except ParamsError as error:
             raise VLLMValidationError(str(error), parameter=error.field) from None
 
@@ -146,16 +149,20 @@ def multiply(engine_client: EngineClient) -> None:
 def _observable(sampling_params: SamplingParams) -> Params | None:
     """The request's parameters, if the sampler will send records and somebody wants them."""
     try:
-        params = requested(sampling_params)
+        params = params_of(sampling_params)
     except ParamsError:
         return None  # vLLM's validation says so
-    if params and params.stats != "none" and tallies.get() is None:
+    if params and params.stats != "none" and request_stats_var.get() is None:
         return None  # the same: there is nowhere to return them
     return params
 
 
 async def _counted(
-    outputs: AsyncIterator[Any], sampling_params: SamplingParams, statistics: Statistics, tally: Tally, grace: float
+    outputs: AsyncIterator[Any],
+    sampling_params: SamplingParams,
+    statistics: StatsCollector,
+    tally: RequestStats,
+    grace: float,
 ) -> AsyncIterator[Any]:
     """`outputs` as they are, their tokens counted."""
     delta = sampling_params.output_kind == RequestOutputKind.DELTA
@@ -178,10 +185,10 @@ def _number_the_samples() -> None:
 
     def get_child_info(self: ParentRequest, index: int) -> tuple[str, SamplingParams]:
         request_id, params = original(self, index)
-        if report := (params.extra_args or {}).get(REPORT_KEY):
+        if report := (params.extra_args or {}).get(RETURN_ADDRESS_KEY):
             channel, number, _, every_token = report
             params = copy(params)
-            params.extra_args = {**(params.extra_args or {}), REPORT_KEY: [channel, number, index, every_token]}
+            params.extra_args = {**(params.extra_args or {}), RETURN_ADDRESS_KEY: [channel, number, index, every_token]}
         return request_id, params
 
     ParentRequest.get_child_info = get_child_info  # type: ignore[method-assign]

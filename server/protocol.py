@@ -15,14 +15,13 @@ from em_sampler.params import (
     MAX_STEPS,
     METHODS,
     Params,
-    ParamsError,
-    capped,
     from_extra_args,
-    parse,
-    shown,
+    parse_params,
+    with_step_limit,
 )
-from server.strategies import STRATEGY_KEY, AnyStrategy, describe_strategies, parse_strategy
+from em_sampler.validation import ParamsError, shorten
 from server.strategies.base import MAX_BRANCHES, Strategy
+from server.strategies.registry import STRATEGY_KEY, AnyStrategy, describe_strategies, parse_strategy
 
 # Validated by `parse`, whose errors name the field, the value and the range; the type is there for OpenAPI.
 EMInfField = SkipValidation[Params | bool | None]
@@ -114,7 +113,7 @@ def chosen_strategy(request: Any, params: Params | None, settings: Settings) -> 
     if strategy is None:
         return None
     if (request.n or 1) > 1:
-        raise ParamsError("body.n", f"got {shown(request.n)}; a strategy makes its own samples and replies with one")
+        raise ParamsError("body.n", f"got {shorten(request.n)}; a strategy makes its own samples and replies with one")
     if request.use_beam_search:
         raise ParamsError("body.use_beam_search", f"got true; cannot be combined with {strategy.type}")
     if request.tools and request.tool_choice != "none":
@@ -131,8 +130,8 @@ def _resolve(value: object, flat: Mapping[str, Any], settings: Settings) -> Para
         if value is not None and flat:
             raise ParamsError(EXTRA_ARGS_KEY, f"give either `{EXTRA_ARGS_KEY}` or its form in vllm_xargs, not both")
         default = settings.default
-        params = from_extra_args(flat, default) if value is None else parse(value, default)
-        return capped(params, settings.max_steps)
+        params = from_extra_args(flat, default) if value is None else parse_params(value, default)
+        return with_step_limit(params, settings.max_steps)
     except ParamsError as error:
         raise ParamsError(f"{origin}.{error.field}", error.problem) from None
 

@@ -4,7 +4,6 @@ vLLM makes and ends the span when the last token has come, a moment before that 
 """
 
 import asyncio
-import contextlib
 import functools
 from typing import Any
 from weakref import WeakValueDictionary
@@ -13,7 +12,7 @@ from opentelemetry import trace
 from opentelemetry.context import Context
 from opentelemetry.sdk.trace import Span, SpanProcessor, TracerProvider
 
-from server.stats import GRACE, Tally, summary
+from server.stats.collector import RequestStats, summarize
 
 
 class Tracing(SpanProcessor):
@@ -24,7 +23,7 @@ class Tracing(SpanProcessor):
         provider = trace.get_tracer_provider()
         assert isinstance(provider, TracerProvider)  # vLLM has set one up
         provider.add_span_processor(self)
-        self.tallies: WeakValueDictionary[str, Tally] = WeakValueDictionary()
+        self.tallies: WeakValueDictionary[str, RequestStats] = WeakValueDictionary()
         self.waiting: set[asyncio.Task[None]] = set()
         self.attributes: dict[str, Any] = {}  # of the span being made
         outputs = engine_client.output_processor
@@ -45,10 +44,9 @@ class Tracing(SpanProcessor):
         self.waiting.add(task)
         task.add_done_callback(self.waiting.discard)
 
-    async def _with_summary(self, make_span: Any, tally: Tally, index: int) -> None:
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(tally.settled.wait(), 2 * GRACE)
-        entry = summary(index, [tally.choices[index]], every_token=False) | {"method": tally.method}
+    async def _with_summary(self, make_span: Any, tally: RequestStats, index: int) -> None:
+        await tally.wait()
+        entry = summarize(index, [tally.choices[index]], every_token=False) | {"method": tally.method}
         self.attributes = {f"em_inf.{name}": value for name, value in entry.items() if value is not None}
         try:
             make_span()

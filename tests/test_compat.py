@@ -15,7 +15,7 @@ from packaging.requirements import Requirement
 from compat import __main__ as command
 from compat import surface
 from compat.sources import METADATA, Sources
-from em_sampler.supported import SUPPORTED_VLLM, VLLM_DISTRIBUTIONS, installed_vllm
+from em_sampler.vllm_plugin.version import SUPPORTED_VLLM, VLLM_DISTRIBUTIONS, installed_vllm
 from server.cli import FILTERED_GROUPS
 
 ROOT = Path(surface.__file__).parent.parent

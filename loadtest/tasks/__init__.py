@@ -10,11 +10,11 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from answers.extract import Answer
 from demo.problems import problems
 from loadtest.scenario import DemoTask, FileTask, Lengths, ReadyTask, ScenarioError, SyntheticTask, Task
 from loadtest.tasks.checkers import Equal, checker_of
 from loadtest.tasks.ready import FORMS, QUESTION, Form, form_of
-from server.strategies.answers import Answer
 
 
 @dataclass(frozen=True)

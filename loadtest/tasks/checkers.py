@@ -22,8 +22,8 @@ from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from answers.extract import Answer, after_thinking
 from loadtest.scenario import Checker, ScenarioError
-from server.strategies.answers import Answer, spoken
 
 TEXT, BOXED, LAST_NUMBER = Answer(type="text"), Answer(type="boxed"), Answer(type="last_number")
 MATH_S = 10.0  # seconds for one comparison of formulas
@@ -223,7 +223,7 @@ class Python(Equal):
 
     def find(self, reply: str) -> str | None:
         """The last block marked as Python, or the last without a mark, or all."""
-        said = spoken(reply)
+        said = after_thinking(reply)
         blocks = [(mark.lower(), code) for mark, code in _BLOCK.findall(said)]
         marked = [code for mark, code in blocks if mark in ("python", "python3", "py")]
         return (marked or [code for mark, code in blocks if not mark] or [said])[-1] or None

@@ -5,8 +5,8 @@ from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict
 
-from em_sampler.params import ParamsError
-from server.strategies.run import Branch, Run
+from em_sampler.validation import ParamsError
+from server.strategies.branches import Branch, Branches
 
 MIN_BRANCHES = 2
 MAX_BRANCHES = 64  # of one request, where the operator says nothing else
@@ -18,41 +18,41 @@ class Strategy(BaseModel, ABC):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
     type: str
-    size: ClassVar[str]  # the field that says how many branches there may be: capped by the operator
+    limit_field: ClassVar[str]  # the field that says how many branches there may be: capped by the operator
 
     @property
     def branches(self) -> int:
         """How many engine requests it may make."""
-        count: int = getattr(self, self.size)
+        count: int = getattr(self, self.limit_field)
         return count
 
     @property
-    def width(self) -> int:
+    def max_parallel(self) -> int:
         """How many of them at a time."""
         return self.branches
 
     @property
-    def confidence_of(self) -> int:
+    def top_logprobs(self) -> int:
         """Top log-probabilities that make a token's confidence; 0 where nobody asks for it."""
         return 0
 
-    def heading(self) -> dict[str, Any]:
+    def summary_fields(self) -> dict[str, Any]:
         """What the response repeats of the request."""
-        return {"type": self.type, self.size: self.branches}
+        return {"type": self.type, self.limit_field: self.branches}
 
     def check(self, sampling_params: Any, max_logprobs: int) -> None:
         """Raises ParamsError for a request it cannot work with. `max_logprobs`: the server's limit, -1 for none."""
 
-    def keeps(self, run: Run, branch: Branch) -> bool:
+    def keep_going(self, branches: Branches, branch: Branch) -> bool:
         """Whether a branch should go on, after each of its tokens."""
         return True
 
     @abstractmethod
-    async def run(self, run: Run) -> Branch:
+    async def run(self, branches: Branches) -> Branch:
         """Start branches and follow them; the one that becomes the reply. Whatever runs then is ended."""
 
 
-def must_sample(sampling_params: Any, strategy: str) -> None:
+def require_sampling(sampling_params: Any, strategy: str) -> None:
     """Raises ParamsError where all branches would be the same."""
     if sampling_params.temperature < 1e-5:  # vLLM's own line between greedy and not
         problem = f"got {sampling_params.temperature:g}; {strategy} needs a temperature above 0: all branches are alike"

@@ -4,11 +4,11 @@ from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from em_sampler.params import ParamsError
-from server.strategies.answers import Answer
-from server.strategies.base import MIN_BRANCHES, Strategy, must_sample
-from server.strategies.run import Branch, Run
-from server.strategies.self_consistency import Ballot
+from answers.extract import Answer
+from em_sampler.validation import ParamsError
+from server.strategies.ballot import Ballot
+from server.strategies.base import MIN_BRANCHES, Strategy, require_sampling
+from server.strategies.branches import Branch, Branches
 
 
 class DeepConf(Strategy):
@@ -19,7 +19,7 @@ class DeepConf(Strategy):
     """
 
     type: Literal["deepconf"] = "deepconf"
-    size: ClassVar[str] = "n"
+    limit_field: ClassVar[str] = "n"
     n: int = Field(default=16, ge=MIN_BRANCHES, description="Branches at most, those of the warm-up included.")
     warmup: int = Field(default=4, ge=1, description="Branches that set the threshold; 16 in the paper. Below n.")
     keep: float = Field(
@@ -39,47 +39,47 @@ class DeepConf(Strategy):
         return self
 
     @property
-    def confidence_of(self) -> int:
+    def top_logprobs(self) -> int:
         """So many of the engine's top log-probabilities."""
         return self.top
 
     def check(self, sampling_params: Any, max_logprobs: int) -> None:
         """It needs samples that differ, and the engine's top candidates."""
-        must_sample(sampling_params, self.type)
+        require_sampling(sampling_params, self.type)
         if 0 <= max_logprobs < self.top:
             raise ParamsError("body.strategy.top", f"got {self.top}; this server allows up to {max_logprobs}")
         if sampling_params.logprob_token_ids:
             raise ParamsError("body.logprob_token_ids", "cannot be combined with deepconf, which needs top candidates")
 
-    def keeps(self, run: Run, branch: Branch) -> bool:
+    def keep_going(self, branches: Branches, branch: Branch) -> bool:
         """Whether its last full window is above the threshold, which the warm-up has set."""
-        threshold, sums = run.report.get("threshold"), branch.confidence_sums
+        threshold, sums = branches.report.get("threshold"), branch.confidence_sums
         if threshold is None or branch.number < self.warmup or len(sums) <= self.window:
             return True
         return (sums[-1] - sums[-1 - self.window]) / self.window >= float(threshold)
 
-    async def run(self, run: Run) -> Branch:
+    async def run(self, branches: Branches) -> Branch:
         """Warm-up, threshold, the rest; a vote weighted by confidence, of those at or above the threshold."""
         for _ in range(self.warmup):
-            run.start()
-        warm = [branch async for branch in run.ended() if branch.state == "completed"]
+            branches.start()
+        warm = [branch async for branch in branches.as_they_end() if branch.state == "completed"]
         if not warm:
-            raise run.failure()
+            raise branches.failure()
         threshold = quantile([self._confidence(branch) for branch in warm], 1 - self.keep)
-        ballot = Ballot(run, self.answer)
-        run.report["threshold"] = threshold
+        ballot = Ballot(branches, self.answer)
+        branches.report["threshold"] = threshold
         for branch in warm:
             self._count(ballot, branch, threshold)
         if self._agreed(ballot):
-            run.spared = self.n - self.warmup
+            branches.never_started = self.n - self.warmup
         else:
             for _ in range(self.n - self.warmup):
-                run.start()
-            async for branch in run.ended():
+                branches.start()
+            async for branch in branches.as_they_end():
                 if branch.state == "completed":
                     self._count(ballot, branch, threshold)
                 if self._agreed(ballot):
-                    await run.cancel_running()
+                    await branches.cancel_running()
         return ballot.winner()
 
     def _count(self, ballot: Ballot, branch: Branch, threshold: float) -> None:

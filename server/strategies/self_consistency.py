@@ -5,10 +5,11 @@ from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from server.strategies.answers import Answer
-from server.strategies.base import MIN_BRANCHES, Strategy, must_sample
-from server.strategies.run import Branch, Run
-from server.strategies.vote import Vote
+from answers.extract import Answer
+from answers.vote import Vote
+from server.strategies.ballot import Ballot
+from server.strategies.base import MIN_BRANCHES, Strategy, require_sampling
+from server.strategies.branches import Branch, Branches
 
 UNKNOWN_WEIGHT = 1e-6  # of a branch whose statistics did not come
 
@@ -17,7 +18,7 @@ class SelfConsistency(Strategy):
     """`n` samples and a vote; ties go to the answer whose samples the model finds likelier, per token."""
 
     type: Literal["self_consistency"] = "self_consistency"
-    size: ClassVar[str] = "n"
+    limit_field: ClassVar[str] = "n"
     n: int = Field(default=8, ge=MIN_BRANCHES, description="Samples; number i has the request's seed plus i.")
     answer: Answer = Field(default=Answer(), description="How to find the answer in a reply.")
     parallel: int | None = Field(
@@ -45,30 +46,30 @@ class SelfConsistency(Strategy):
         return self
 
     @property
-    def width(self) -> int:
+    def max_parallel(self) -> int:
         """As `parallel` says."""
         return min(self.parallel or self.n, self.n)
 
     def check(self, sampling_params: Any, max_logprobs: int) -> None:
         """It needs samples that differ."""
-        must_sample(sampling_params, self.type)
+        require_sampling(sampling_params, self.type)
 
-    async def run(self, run: Run) -> Branch:
+    async def run(self, branches: Branches) -> Branch:
         """The vote after each; no more samples once it is settled."""
-        for _ in range(self.width):
-            run.start()
-        ballot, seen, settled = Ballot(run, self.answer), 0, False
-        async for branch in run.ended():
+        for _ in range(self.max_parallel):
+            branches.start()
+        ballot, seen, settled = Ballot(branches, self.answer), 0, False
+        async for branch in branches.as_they_end():
             seen += 1
             if branch.state == "completed":
                 ballot.add(branch, await self._weight(branch))
             # Settled is settled: what completes while the others are being cancelled still has its vote.
             settled = settled or (self.early_stop and self._settled(ballot.vote, self.n - seen))
             if settled:
-                run.spared = self.n - len(run.branches)
-                await run.cancel_running()
-            elif len(run.branches) < self.n:
-                run.start()
+                branches.never_started = self.n - len(branches.started)
+                await branches.cancel_running()
+            elif len(branches.started) < self.n:
+                branches.start()
         return ballot.winner()
 
     async def _weight(self, branch: Branch) -> float:
@@ -79,44 +80,3 @@ class SelfConsistency(Strategy):
 
     def _settled(self, vote: Vote, remaining: int) -> bool:
         return vote.decided(remaining) or (self.confidence is not None and vote.posterior() >= self.confidence)
-
-
-class Ballot:
-    """A vote of branches, told in the response as it stands."""
-
-    def __init__(self, run: Run, answer: Answer) -> None:
-        self.run = run
-        self.answer = answer
-        self.vote = Vote()
-        self.voters: dict[str | None, list[Branch]] = {}
-        self._tell()
-
-    def add(self, branch: Branch, weight: float) -> None:
-        """A completed branch's vote, if it has an answer."""
-        answer = self.answer.of(branch.text)
-        self.voters.setdefault(answer, []).append(branch)
-        if answer is not None:
-            self.vote.add(answer, branch.mean_logprob, weight)
-        self._tell()
-
-    def winner(self) -> Branch:
-        """The first branch with the winning answer. Where there is no answer, the likeliest per token.
-
-        Raises:
-            Exception: of the branches, where none was completed.
-        """
-        if not self.voters:
-            raise self.run.failure()
-        leader = next(iter(self.vote.ranking()), None)
-        if leader is None:
-            return max(self.voters[None], key=lambda branch: branch.mean_logprob)
-        return min(self.voters[leader], key=lambda branch: branch.number)
-
-    def _tell(self) -> None:
-        ranking, agreement = self.vote.ranking(), self.vote.agreement()
-        self.run.report |= {
-            "answer": next(iter(ranking), None),
-            "votes": {answer: self.vote.counts[answer] for answer in ranking},
-            "no_answer": len(self.voters.get(None, ())),
-            "agreement": None if agreement is None else round(agreement, 6),
-        }

@@ -7,7 +7,7 @@ from transformers import AutoConfig, AutoTokenizer
 from benchmarks import dummy
 from benchmarks.ratios import interval, paired, spread
 from benchmarks.serving import ARMS, ON, PLAIN, Turn, bodies, prompts_of, rates_of
-from em_sampler.params import EMInfParams, parse
+from em_sampler.params import EMInfParams, parse_params
 
 
 def rounds(ratio, count=30, noise=0.05):
@@ -65,7 +65,7 @@ def test_arms_differ_in_nothing_but_em_inf():
 
 def test_on_is_the_published_defaults_without_statistics():
     (body,) = bodies("demo", ARMS[ON], [[1]], 16, 0)
-    assert parse(body["em_inf"]) == EMInfParams()
+    assert parse_params(body["em_inf"]) == EMInfParams()
 
 
 def test_seeds_are_distinct_within_and_across_rounds():

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from em_sampler.supported import SUPPORTED_VLLM
+from em_sampler.vllm_plugin.version import SUPPORTED_VLLM
 from tests.deploy.dockerfile import DOCKERFILE, ROOT, TARGETS
 
 BIN = Path(sys.executable).parent
@@ -166,7 +166,8 @@ def test_the_server_needs_nothing_that_cpu_lock_lacks(checkout: Path, environmen
     assert not [*environment.glob("bin/pip*"), *environment.glob("lib/python*/site-packages/pip*")]
     assert (environment / "bin/em-serve").read_text().startswith(f"#!{environment}/bin/python")
     program = """
-import demo, em_sampler.cpu_counted, em_sampler.plugin, server.cli, server.plugin, vllm.v1.worker.cpu_worker
+import demo, em_sampler.transforms.numba_cpu, em_sampler.vllm_plugin.processor, server.cli, server.endpoints
+import vllm.v1.worker.cpu_worker
 assert (demo.MODEL_PATH / "config.json").exists()
 print(demo.__file__, server.__file__)
 server.cli.serve(["--help=em_inf"])"""

@@ -14,7 +14,8 @@ import yaml
 from prometheus_client import CollectorRegistry
 from prometheus_fastapi_instrumentator import metrics as instrumentator
 
-from server.metrics import Metrics, StrategyMetrics
+from server.stats.metrics import Metrics
+from server.strategies.metrics import StrategyMetrics
 from tests.deploy.monitoring import MONITORING, PROMTOOL, names, needs_promtool, panels, queries, rules
 
 RUNBOOKS = MONITORING.parents[1] / "docs" / "runbooks.md"

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from em_sampler import AdaptiveTemperatureParams, EMInfParams, ParamsError
-from em_sampler.params import METHODS, MeasureParams, capped, from_extra_args, parse
+from em_sampler.params import METHODS, MeasureParams, from_extra_args, parse_params, with_step_limit
 
 DEFAULT = EMInfParams(threshold=0.7, steps=9)
 
@@ -29,18 +29,18 @@ DEFAULT = EMInfParams(threshold=0.7, steps=9)
     ],
 )
 def test_parse(value: object, params: object) -> None:
-    assert parse(value, DEFAULT) == params
+    assert parse_params(value, DEFAULT) == params
 
 
 def test_true_without_a_default_is_the_published_setting() -> None:
     published = EMInfParams(threshold=0.3, steps=5, learning_rate=0.1, kl_weight=0.001, optimizer="adam")
-    assert parse(True) == published
-    assert parse(None) is None
+    assert parse_params(True) == published
+    assert parse_params(None) is None
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_no_method_has_statistics_unless_asked(method: str) -> None:
-    params, asked = parse({"method": method}), parse({"method": method, "stats": "tokens"})
+    params, asked = parse_params({"method": method}), parse_params({"method": method, "stats": "tokens"})
     assert params is not None and params.stats == "none"
     assert asked is not None and asked.stats == "tokens" and asked != params
 
@@ -83,7 +83,7 @@ def test_no_method_has_statistics_unless_asked(method: str) -> None:
 )
 def test_errors_name_the_field_the_value_and_the_range(value: Any, field: str, says: list[str]) -> None:
     with pytest.raises(ParamsError) as caught:
-        parse(value)
+        parse_params(value)
     message = str(caught.value)
     assert caught.value.field == field
     assert message.startswith(f"{field}: ")
@@ -130,11 +130,11 @@ def test_extra_args_that_cannot_be_used(extra_args: dict[str, Any], field: str) 
 
 
 def test_a_cap_lowers_defaults_and_refuses_requests() -> None:
-    assert capped(EMInfParams(threshold=0.5), 3) == EMInfParams(threshold=0.5, steps=3)
-    assert capped(EMInfParams(steps=3), 3) == EMInfParams(steps=3)
-    assert capped(AdaptiveTemperatureParams(), 0) == AdaptiveTemperatureParams()
-    assert capped(MeasureParams(), 0) == MeasureParams()
-    assert capped(EMInfParams(stats="tokens"), 3) == EMInfParams(stats="tokens", steps=3)
-    assert capped(None, 0) is None
+    assert with_step_limit(EMInfParams(threshold=0.5), 3) == EMInfParams(threshold=0.5, steps=3)
+    assert with_step_limit(EMInfParams(steps=3), 3) == EMInfParams(steps=3)
+    assert with_step_limit(AdaptiveTemperatureParams(), 0) == AdaptiveTemperatureParams()
+    assert with_step_limit(MeasureParams(), 0) == MeasureParams()
+    assert with_step_limit(EMInfParams(stats="tokens"), 3) == EMInfParams(stats="tokens", steps=3)
+    assert with_step_limit(None, 0) is None
     with pytest.raises(ParamsError, match=r"em_inf\.steps: got 4; .* 0 up to 3"):
-        capped(EMInfParams(steps=4), 3)
+        with_step_limit(EMInfParams(steps=4), 3)

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 import demo
-from em_sampler import oracle
-from em_sampler.params import parse
+from em_sampler.params import parse_params
+from em_sampler.transforms import reference
 from tests.engine.launch import Server
 
 EM = {"threshold": 0.1, "steps": 12, "learning_rate": 0.3}
@@ -64,8 +64,8 @@ def check(answer: dict[str, Any], em_inf: dict[str, Any]) -> int:
         assert entry["tokens"] == len(per_token) == len(rows) == len(choice["token_ids"])
         assert entry["missing"] == 0
         before = [token["before"] for token in per_token]
-        assert np.abs(np.array(before) - [oracle.entropy(row) for row in rows]).max() < 1e-4
-        params = parse(em_inf)
+        assert np.abs(np.array(before) - [reference.entropy(row) for row in rows]).max() < 1e-4
+        params = parse_params(em_inf)
         for row, token in zip(rows, per_token, strict=True):
             after, steps = transformed(row, params)
             if abs(token["before"] - getattr(params, "threshold", -1)) > 1e-4:  # else either side of it is right
@@ -79,11 +79,13 @@ def check(answer: dict[str, Any], em_inf: dict[str, Any]) -> int:
     return count
 
 
-def transformed(row: oracle.Row, params: Any) -> tuple[float, int]:
+def transformed(row: reference.Row, params: Any) -> tuple[float, int]:
     """Entropy and steps of the oracle."""
     if params.method == "em_inf":
-        changed, steps = oracle.em_inf(row, params)
-        return oracle.entropy(changed), steps
+        changed, steps = reference.em_inf(row, params)
+        return reference.entropy(changed), steps
     if params.method == "adaptive_temperature":
-        return oracle.entropy(row / oracle.temperature(row, params)), int(oracle.entropy(row) > params.threshold)
-    return oracle.entropy(row), 0
+        return reference.entropy(row / reference.temperature(row, params)), int(
+            reference.entropy(row) > params.threshold
+        )
+    return reference.entropy(row), 0

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from em_sampler import oracle
-from em_sampler.params import parse
+from em_sampler.params import parse_params
+from em_sampler.transforms import reference
 from tests.engine.launch import Server, offline
 from tests.engine.support import ADAPTIVE, EM, STRONG, UNSURE, VOCABULARY, complete, tokens
 
@@ -28,7 +28,7 @@ def test_without_em_inf_the_tokens_are_those_of_plain_vllm(engine: Server) -> No
 def test_sampled_frequencies_are_the_oracles(engine: Server) -> None:
     """One position, many seeds, four distributions drawn in one mixed batch."""
     logprobs = full_row(complete(engine, FULL_ROW)[0])
-    assert oracle.entropy(logprobs) > 0.7, "the prompt leaves nothing to sample"
+    assert reference.entropy(logprobs) > 0.7, "the prompt leaves nothing to sample"
     arms: list[tuple[Any, float]] = [(None, 1.0), (EM, 1.0), (EM, 2.0), (ADAPTIVE, 1.0)]
     rounds, n = (8, 100) if engine.runner == "v1" else (2, 100)
     shared = {"prompt": UNSURE, "max_tokens": 1, "n": n}
@@ -42,28 +42,28 @@ def test_sampled_frequencies_are_the_oracles(engine: Server) -> None:
         drawn = [tokens(answer, choice)[0] for answer in answers[a :: len(arms)] for choice in range(n)]
         counts = np.bincount(drawn, minlength=len(logprobs))
         assert counts.sum() == rounds * n
-        wanted = oracle.softmax(expected_row(logprobs, em) / t)
+        wanted = reference.softmax(expected_row(logprobs, em) / t)
         assert fit(counts, wanted) > 1e-4, (em, t)
-        others = [oracle.softmax(expected_row(logprobs, e) / u) for e, u in arms if (e, u) != (em, t)]
+        others = [reference.softmax(expected_row(logprobs, e) / u) for e, u in arms if (e, u) != (em, t)]
         assert max(fit(counts, other) for other in others) < 1e-4, "the test could not tell the arms apart"
 
 
-def full_row(answer: dict[str, Any]) -> oracle.Row:
+def full_row(answer: dict[str, Any]) -> reference.Row:
     """The first token's log-probabilities [vocab], by token id."""
     by_name = answer["choices"][0]["logprobs"]["top_logprobs"][0]
     return np.array([by_name[f"token_id:{token}"] for token in range(len(by_name))])
 
 
-def expected_row(logprobs: oracle.Row, em: Any) -> oracle.Row:
-    params = parse(em)
+def expected_row(logprobs: reference.Row, em: Any) -> reference.Row:
+    params = parse_params(em)
     if params is None:
         return logprobs
     if params.method == "em_inf":
-        return oracle.em_inf(logprobs, params)[0]
-    return logprobs / oracle.temperature(logprobs, params)
+        return reference.em_inf(logprobs, params)[0]
+    return logprobs / reference.temperature(logprobs, params)
 
 
-def fit(counts: np.ndarray[Any, Any], p: oracle.Row) -> float:
+def fit(counts: np.ndarray[Any, Any], p: reference.Row) -> float:
     """Chi-square p-value; cells expected fewer than five times are pooled."""
     rare = p * counts.sum() < 5
     observed = np.append(counts[~rare], counts[rare].sum())

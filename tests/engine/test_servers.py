@@ -146,7 +146,7 @@ REFUSED: list[tuple[list[str], dict[str, str], str]] = [
     (["--em-inf-max-steps", "65"], {}, "--em-inf-max-steps"),
     ([], {"VLLM_USE_RUST_FRONTEND": "1"}, "unset it"),
     (["--grpc"], {}, "without this server's routes"),
-    (["--logits-processors", "em_sampler.plugin:EMInfLogitsProcessor"], {}, "drop it"),
+    (["--logits-processors", "em_sampler.vllm_plugin.processor:EMInfLogitsProcessor"], {}, "drop it"),
 ]
 
 

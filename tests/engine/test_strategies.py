@@ -16,8 +16,8 @@ import httpx
 import pytest
 from scipy.stats import binomtest
 
+from answers.extract import Answer
 from demo.problems import problems
-from server.strategies.answers import Answer
 from tests.engine.launch import API_KEY, Server, serve
 from tests.engine.support import CHAT, EM
 

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 
+from answers.extract import Answer
 from loadtest.cli import main
 from loadtest.client import Client
 from loadtest.records import Call, Item, Stage
 from loadtest.runner import Runner, voted
 from loadtest.scenario import Scenario
 from loadtest.tasks import load_task
-from server.strategies.answers import Answer
 from tests.loadtest.mocked import Served, serve
 
 CLOSED = {"type": "closed", "concurrency": 4}

@@ -13,10 +13,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import TypeAdapter
 
+from answers.extract import Answer
 from demo.problems import problems
 from loadtest.scenario import ScenarioError, Task
 from loadtest.tasks import LoadedTask, load_task
-from server.strategies.answers import Answer
 
 LENGTHS = {"mean": 50, "spread": 10}
 SAME_FOLDER = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=50)

@@ -9,11 +9,13 @@ from typing import Any
 import pytest
 from prometheus_client import CollectorRegistry
 
-from em_sampler.params import ParamsError
-from server.metrics import StrategyMetrics
-from server.stats import Tally
-from server.strategies import STRATEGIES, parse_strategy
-from server.strategies.run import Branch, Places, Run, TooManyBranchesError
+from em_sampler.validation import ParamsError
+from server.admission import BranchLimit, TooManyBranchesError
+from server.stats.collector import RequestStats
+from server.strategies.metrics import StrategyMetrics
+from server.strategies.branches import Branch
+from server.strategies.registry import STRATEGIES, parse_strategy
+from server.strategies.run import StrategyRun
 
 
 @dataclasses.dataclass
@@ -43,7 +45,7 @@ class ScriptedEngine:
 
     def branch(
         self, number: int, prompt: Any, logprobs: int, every_token: bool
-    ) -> tuple[str, bool, AsyncIterator[Any], list[Tally]]:
+    ) -> tuple[str, bool, AsyncIterator[Any], list[RequestStats]]:
         self.prompts.append(prompt)
         return str(number), True, self._outputs(str(number), self.scripts[number]), []
 
@@ -53,7 +55,7 @@ class ScriptedEngine:
     def failure(self, message: str) -> Exception:
         return RuntimeError(message)
 
-    def replayed(self, outputs: list[Any]) -> list[Any]:
+    def as_own_outputs(self, outputs: list[Any]) -> list[Any]:
         return outputs
 
     async def _outputs(self, request_id: str, script: Script) -> AsyncIterator[Any]:
@@ -88,11 +90,11 @@ class Played:
     def __init__(self, settings: dict[str, Any], engine: ScriptedEngine, limit: int = 100) -> None:
         self.engine = engine
         self.registry = CollectorRegistry()
-        self.places = Places(limit)
+        self.limit = BranchLimit(limit)
         strategy = parse_strategy(settings)
         assert strategy
         metrics = StrategyMetrics("m", list(STRATEGIES), self.registry)
-        self.run = Run(strategy, self.places, metrics, self._render, dict)
+        self.run = StrategyRun(strategy, self.limit, metrics, self._render, dict)
         self.outputs: list[Any] = []
 
     async def _render(self, reply: str) -> Any | None:
@@ -121,7 +123,7 @@ class Played:
 
     @property
     def block(self) -> dict[str, Any]:
-        return self.run.block()
+        return self.run.summary()
 
     @property
     def text(self) -> str:
@@ -134,7 +136,7 @@ class Played:
         return value
 
     def states(self) -> list[str]:
-        return [branch.state for branch in self.run.branches]
+        return [branch.state for branch in self.run.branches.started]
 
 
 def box(answer: object) -> str:
@@ -213,7 +215,7 @@ def test_so_many_at_a_time_and_none_after_the_vote_is_settled() -> None:
     # Six votes of ten decide it: the seventh sample ends the two running, and the tenth is never started.
     assert played.block["votes"] == {"4": 6, "5": 1}
     assert played.states() == ["completed"] * 7 + ["cancelled"] * 2
-    assert played.run.spared == 1
+    assert played.run.branches.never_started == 1
     mean = 410 / 7
     cancelled = sum(mean - tokens for tokens in played.block["completion_tokens"][7:])
     assert played.metric("tokens_saved_total") == pytest.approx(cancelled + mean)
@@ -225,9 +227,9 @@ def test_so_many_at_a_time_and_none_after_the_vote_is_settled() -> None:
 
 def test_only_those_at_a_time_take_places() -> None:
     played = Played({"type": "self_consistency", "n": 9, "parallel": 2}, ScriptedEngine(*[Script(box(1))] * 9), limit=2)
-    assert played.places.taken == 2
+    assert played.limit.taken == 2
     assert played.play().block["completed"] == 9
-    assert played.places.taken == 0
+    assert played.limit.taken == 0
 
 
 def test_early_stop_waits_while_a_tie_is_possible() -> None:
@@ -269,7 +271,7 @@ def test_a_client_that_goes_away_takes_its_branches_along(kind: str) -> None:
     assert not played.engine.in_engine
     assert set(played.states()) == {"cancelled"}
     assert played.metric("branches_cancelled_total") == played.metric("branches_started_total") > 0
-    assert played.metric("branches_running") == played.places.taken == 0
+    assert played.metric("branches_running") == played.limit.taken == 0
 
 
 # ---- Refinement
@@ -345,7 +347,7 @@ def test_the_least_confident_group_counts() -> None:
 
 def test_agreement_in_the_warm_up_makes_the_rest_unnecessary() -> None:
     played = Played({"type": "deepconf", "n": 8, "warmup": 3}, ScriptedEngine(*[Script(box(1))] * 8)).play()
-    assert len(played.run.branches) == 3
+    assert len(played.run.branches.started) == 3
     assert played.metric("tokens_saved_total") == 5 * 3
 
 
@@ -368,9 +370,9 @@ def test_equal_branches_are_refused() -> None:
 def test_places_are_given_back_once() -> None:
     settings = {"type": "self_consistency", "n": 5}
     played = Played(settings, ScriptedEngine(*[Script(box(1))] * 5), limit=5)
-    assert played.places.taken == 5
+    assert played.limit.taken == 5
     with pytest.raises(TooManyBranchesError, match="5 branches asked for, 0 of 5 places are free"):
-        Run(played.run.strategy, played.places, played.run.metrics, played._render, dict)
+        StrategyRun(played.run.strategy, played.limit, played.run.metrics, played._render, dict)
     played.play()
     played.run.close()
-    assert played.places.taken == 0
+    assert played.limit.taken == 0

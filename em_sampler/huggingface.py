@@ -1,0 +1,32 @@
+"""The transform for `transformers`: `model.generate(..., logits_processor=[EntropyMinimizer(params)])`.
+
+`generate` runs it after its own penalties and before temperature, top-k and top-p.
+"""
+
+import torch
+from transformers import LogitsProcessor
+
+from em_sampler.params import Params
+from em_sampler.transforms.batch import TransformOutput
+from em_sampler.transforms.dispatch import ReusableTransform
+
+
+class EntropyMinimizer(LogitsProcessor):
+    """Applies one set of parameters to every row of a batch; greedy decoding gives the tokens it gave before.
+
+    Attributes:
+        last: the entropies [rows] in nats and the steps [rows] of the latest token, None before the first.
+    """
+
+    supports_continuous_batching = True  # a row's result depends on nothing but the row
+
+    def __init__(self, params: Params) -> None:
+        self.params = params
+        self.last: TransformOutput | None = None
+        self._transform = ReusableTransform()
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        """New scores for `scores` [rows, vocab], in the same dtype; `scores` itself is left as it is."""
+        logits = scores.to(torch.float32, copy=True)
+        self.last = self._transform(logits, [self.params] * len(logits))
+        return logits.to(scores.dtype)  # type: ignore[return-value]

@@ -1,0 +1,70 @@
+"""The `transformers` face, on the demo model and its real `generate`."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, LogitsProcessorList
+
+import demo
+from em_sampler import AdaptiveTemperatureParams, EMInfParams
+from em_sampler.huggingface import EntropyMinimizer
+from em_sampler.transforms.batch import BatchParams
+from em_sampler.transforms.numba_cpu import NumbaTransform
+
+STRONG = EMInfParams(threshold=0.0, steps=64, learning_rate=1.0)
+
+
+@pytest.fixture(scope="module")
+def model():  # type: ignore[no-untyped-def]
+    return AutoModelForCausalLM.from_pretrained(demo.MODEL_PATH).eval()
+
+
+@pytest.fixture(scope="module")
+def prompt() -> torch.Tensor:
+    tokenizer = AutoTokenizer.from_pretrained(demo.MODEL_PATH)
+    chat = [{"role": "user", "content": "58+17*3-29"}]
+    return tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)[
+        "input_ids"
+    ]
+
+
+def generate(model, prompt, processors=(), **options):  # type: ignore[no-untyped-def]
+    torch.manual_seed(5)
+    processors = LogitsProcessorList(processors)
+    return model.generate(prompt, max_new_tokens=24, logits_processor=processors, top_k=0, **options)
+
+
+def test_greedy_decoding_keeps_its_tokens(model, prompt) -> None:  # type: ignore[no-untyped-def]
+    plain = generate(model, prompt, do_sample=False)
+    assert torch.equal(generate(model, prompt, [EntropyMinimizer(STRONG)], do_sample=False), plain)
+
+
+def test_strong_minimisation_makes_sampling_greedy(model, prompt) -> None:  # type: ignore[no-untyped-def]
+    """At a high temperature plain sampling strays; it cannot once every entropy is next to nothing. This also shows
+    that the processor runs before the temperature: afterwards it would have nothing left to undo."""
+    batch = prompt.expand(8, -1)
+    greedy = generate(model, prompt, do_sample=False).expand(8, -1)
+    assert not torch.equal(generate(model, batch, do_sample=True, temperature=1.5)[:, : greedy.shape[1]], greedy)
+    processor = EntropyMinimizer(STRONG)
+    minimised = generate(model, batch, [processor], do_sample=True, temperature=1.5)
+    assert torch.equal(minimised, greedy)
+    assert processor.last is not None
+    assert processor.last.entropy_after.max() < 1e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("params", [EMInfParams(), AdaptiveTemperatureParams()])
+def test_scores_are_those_of_transform(params, dtype: torch.dtype) -> None:  # type: ignore[no-untyped-def]
+    scores = (torch.randn(4, 300, generator=torch.Generator().manual_seed(1)) * 2).to(dtype)
+    kept = scores.clone()
+    processor = EntropyMinimizer(params)
+    out = processor(torch.zeros(4, 1, dtype=torch.long), scores)
+    wanted = NumbaTransform(300)(kept.to(torch.float32, copy=True), BatchParams.of([params] * 4))
+    assert torch.equal(out, wanted.logits.to(dtype))
+    assert out.dtype == dtype
+    assert torch.equal(scores, kept)
+    assert processor.last is not None
+    assert torch.equal(processor.last.entropy_before, wanted.entropy_before)

@@ -1,0 +1,190 @@
+"""What Prometheus is told, and that docs/metrics.md says the same."""
+
+import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from prometheus_client import CollectorRegistry, Histogram, generate_latest
+from prometheus_client.multiprocess import MultiProcessCollector
+from prometheus_client.parser import text_string_to_metric_families
+
+from em_sampler.stats.wire import ENTROPY_BUCKETS, HISTOGRAMS, TOTALS_DTYPE, VALUES_DTYPE, StructuredArray, add_tokens
+from server.stats.metrics import OUTCOMES, BulkHistogram, Metrics
+from server.strategies.metrics import StrategyMetrics
+
+METHODS = ("em_inf", "adaptive_temperature", "none")
+DOCUMENT = Path(__file__).parents[2] / "docs" / "metrics.md"
+
+
+def totals_of(*tokens: tuple[float, float, int]) -> StructuredArray:
+    totals = np.zeros(1, dtype=TOTALS_DTYPE)
+    add_tokens(totals, np.zeros(len(tokens), dtype=np.intp), np.array(list(tokens), dtype=VALUES_DTYPE))
+    return totals
+
+
+def series(registry: CollectorRegistry) -> dict[tuple[str, ...], float]:
+    """All that /metrics would show, but for times of creation: (name, labels in the order of their names) -> value."""
+    return {
+        (sample.name, *(value for _, value in sorted(sample.labels.items()))): sample.value
+        for family in registry.collect()
+        for sample in family.samples
+        if not sample.name.endswith("_created")
+    }
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.lists(st.one_of(st.floats(0, 20, width=32), st.sampled_from([1.0, 12.0, 0.5])), max_size=20)))
+def test_observations_in_bulk_are_those_made_one_by_one(batches: list[list[float]]) -> None:
+    registry = CollectorRegistry()
+    bulk = BulkHistogram("bulk", "", ("model",), registry=registry, buckets=ENTROPY_BUCKETS)
+    single = Histogram("single", "", ("model",), registry=registry, buckets=ENTROPY_BUCKETS)
+    for histogram in (bulk, single):
+        histogram.labels("m")
+    for batch in batches:
+        totals = totals_of(*((entropy, 0.0, 1) for entropy in batch))[0]
+        bulk.labels("m").add(totals["before_counts"], float(totals["before_sum"]))
+        for entropy in batch:
+            single.labels("m").observe(entropy)
+    shown = series(registry)
+    in_bulk = {key[1:]: value for key, value in shown.items() if key[0] == "bulk_bucket"}
+    assert in_bulk == {key[1:]: value for key, value in shown.items() if key[0] == "single_bucket"}
+    assert len(in_bulk) == len(ENTROPY_BUCKETS) + 1
+    assert shown["bulk_count", "m"] == shown["single_count", "m"] == sum(map(len, batches))
+    assert shown["bulk_sum", "m"] == pytest.approx(shown["single_sum", "m"])
+
+
+def test_every_series_is_there_from_the_start_at_zero() -> None:
+    registry = CollectorRegistry()
+    Metrics("m", registry)
+    shown = series(registry)
+    assert set(shown.values()) == {0.0}
+    for method in METHODS:
+        for outcome in OUTCOMES:
+            assert ("em_inf_requests_total", method, "m", outcome) in shown
+        for name in ("tokens", "optimized_tokens", "steps", "passed_through_tokens", "missing_tokens"):
+            assert (f"em_inf_{name}_total", method, "m") in shown
+        for name in HISTOGRAMS:
+            assert (f"em_inf_entropy_{name}_nats_bucket", "+Inf", method, "m") in shown
+            assert (f"em_inf_entropy_{name}_nats_sum", method, "m") in shown
+    assert ("em_inf_tracked_requests", "m") in shown
+    assert ("em_inf_records_dropped_total", "m") in shown
+    assert ("em_inf_transform_seconds_total", "m") in shown
+
+
+def test_a_reply_is_counted_under_its_method() -> None:
+    registry = CollectorRegistry()
+    metrics = Metrics("m", registry)
+    before = series(registry)
+    metrics.observe_choice("em_inf", totals_of((2.5, 0.25, 5), (0.25, 0.25, 0), (1.0, 0.5, 3), (math.nan, math.nan, 0)), 2)
+    metrics.observe_choice("em_inf", totals_of((1.5, 1.25, 1)), 0)
+    changed = {key: value for key, value in series(registry).items() if value != before[key]}
+    assert {key: value for key, value in changed.items() if not key[0].endswith("_bucket")} == {
+        ("em_inf_tokens_total", "em_inf", "m"): 5,
+        ("em_inf_optimized_tokens_total", "em_inf", "m"): 3,
+        ("em_inf_steps_total", "em_inf", "m"): 9,
+        ("em_inf_passed_through_tokens_total", "em_inf", "m"): 1,
+        ("em_inf_missing_tokens_total", "em_inf", "m"): 2,
+        ("em_inf_entropy_before_nats_count", "em_inf", "m"): 4,
+        ("em_inf_entropy_before_nats_sum", "em_inf", "m"): 5.25,
+        ("em_inf_entropy_after_nats_count", "em_inf", "m"): 4,
+        ("em_inf_entropy_after_nats_sum", "em_inf", "m"): 2.25,
+        ("em_inf_entropy_reduction_nats_count", "em_inf", "m"): 4,
+        ("em_inf_entropy_reduction_nats_sum", "em_inf", "m"): 3.0,
+    }
+    at_most = {bound: changed.get(("em_inf_entropy_before_nats_bucket", bound, "em_inf", "m"), 0) for bound in
+               ("0.2", "0.3", "0.75", "1.0", "1.5", "2.0", "3.0", "+Inf")}  # fmt: skip
+    assert at_most == {"0.2": 0, "0.3": 1, "0.75": 1, "1.0": 2, "1.5": 3, "2.0": 3, "3.0": 4, "+Inf": 4}
+
+
+def test_requests_and_workers_are_counted() -> None:
+    registry = CollectorRegistry()
+    metrics = Metrics("m", registry)
+    before = series(registry)
+    for _ in range(2):
+        metrics.observe_request("none", "aborted")
+    metrics.observe_request("unknown", "rejected")
+    metrics.observe_worker(seconds=0.75, dropped=3)
+    metrics.observe_worker(seconds=0.25, dropped=1)
+    assert {key: value for key, value in series(registry).items() if value != before.get(key, 0)} == {
+        ("em_inf_requests_total", "none", "m", "aborted"): 2,
+        ("em_inf_requests_total", "unknown", "m", "rejected"): 1,
+        ("em_inf_transform_seconds_total", "m"): 1.0,
+        ("em_inf_records_dropped_total", "m"): 4,
+    }
+
+
+PROCESS = """
+import sys
+import numpy as np
+from em_sampler.stats.wire import TOTALS, VALUES, add_tokens
+from server.stats.metrics import Metrics
+
+metrics, totals = Metrics("m"), np.zeros(1, dtype=TOTALS)
+add_tokens(totals, np.zeros(2, dtype=np.intp), np.array([(2.5, 0.5, 5), (float(sys.argv[1]), 0.25, 1)], dtype=VALUES))
+metrics.observe_choice("em_inf", totals, 1)
+metrics.observe_request("em_inf", "completed")
+metrics.tracked.labels("m").set(3)
+"""
+
+
+def test_several_processes_are_summed(tmp_path: Path) -> None:
+    environment = {**os.environ, "PROMETHEUS_MULTIPROC_DIR": str(tmp_path)}
+    root = Path(__file__).parents[2]
+    commands = [[sys.executable, "-c", PROCESS, entropy] for entropy in ("0.25", "1.75")]
+    started = [subprocess.Popen(command, env=environment, cwd=root) for command in commands]
+    assert [process.wait() for process in started] == [0, 0]
+    registry = CollectorRegistry()
+    MultiProcessCollector(registry, path=str(tmp_path))  # type: ignore[no-untyped-call]
+    shown = series(registry)
+    assert shown["em_inf_requests_total", "em_inf", "m", "completed"] == 2
+    assert shown["em_inf_requests_total", "none", "m", "aborted"] == 0
+    assert shown["em_inf_tracked_requests", "m"] == 6
+    assert shown["em_inf_tokens_total", "em_inf", "m"] == 4
+    assert shown["em_inf_steps_total", "em_inf", "m"] == 12
+    assert shown["em_inf_missing_tokens_total", "em_inf", "m"] == 2
+    assert shown["em_inf_entropy_before_nats_sum", "em_inf", "m"] == 7.0
+    assert shown["em_inf_entropy_before_nats_count", "em_inf", "m"] == 4
+    assert shown["em_inf_entropy_before_nats_bucket", "0.3", "em_inf", "m"] == 1
+    assert shown["em_inf_entropy_before_nats_bucket", "2.0", "em_inf", "m"] == 2
+    assert shown["em_inf_entropy_before_nats_bucket", "3.0", "em_inf", "m"] == 4
+
+
+def table() -> list[tuple[str, ...]]:
+    """The rows of the document's one table, without code marks."""
+    lines = [line for line in DOCUMENT.read_text().splitlines() if line.startswith("|")]
+    assert set(lines[1]) == set("|-")
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
+    return [(*(cell.replace("`", "") for cell in cells[:3]), *cells[3:]) for cells in rows]
+
+
+def exposed() -> list[tuple[str, ...]]:
+    """The same of /metrics, in its order."""
+    registry = CollectorRegistry()
+    Metrics("m", registry)
+    StrategyMetrics("m", ["x"], registry)
+    rows = []
+    for family in text_string_to_metric_families(generate_latest(registry).decode()):
+        if family.name.endswith("_created"):
+            continue
+        labels: dict[str, Any] = family.samples[0].labels
+        name = f"{family.name}_total" if family.type == "counter" else family.name
+        assert family.type == "histogram" or name in {sample.name for sample in family.samples}
+        rows.append((name, family.type, ", ".join(key for key in labels if key != "le"), family.documentation))
+    return rows
+
+
+def test_the_document_has_every_metric_and_no_other() -> None:
+    assert sorted(table()) == sorted(exposed())
+
+
+def test_the_document_names_the_buckets() -> None:
+    (bounds,) = re.findall(r"buckets end at ([\d., \n]+) nats", DOCUMENT.read_text())
+    assert tuple(float(bound) for bound in bounds.replace(",", " ").split()) == ENTROPY_BUCKETS

@@ -1,0 +1,338 @@
+"""The block's place in a reply, and that the rest of the reply stays as vLLM wrote it."""
+
+import asyncio
+import contextlib
+import json
+import math
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+from starlette.background import BackgroundTask
+from starlette.requests import ClientDisconnect
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.types import Message
+
+from server import response
+from server.response import ReplyStatistics, with_statistics
+from server.stats.collector import RequestStats
+
+BODY = {
+    "id": "chatcmpl-1",
+    "choices": [{"index": 0, "message": {"role": "assistant", "content": 'Größe: {"a": 1}} ] \u2028 \n'}}],
+    "usage": {"completion_tokens": 2, "prompt_tokens_details": None},
+}
+ENTRY = {
+    "index": 0,
+    "tokens": 2,
+    "optimized_tokens": 1,
+    "missing": 0,
+    "entropy_before": 1.25,
+    "entropy_after": 0.75,
+    "steps": 3,
+}
+PER_TOKEN = [{"before": 2.0, "after": 1.0, "steps": 3}, {"before": 0.5, "after": 0.5, "steps": 0}]
+
+
+def tally(*choices: list[tuple[float, float, int]]) -> RequestStats:
+    """A settled request with these tokens."""
+    done = RequestStats(0, "em_inf", len(choices))
+    for choice, tokens in zip(done.choices, choices, strict=True):
+        choice.tokens, choice.records = len(tokens), dict(enumerate(tokens))
+        choice.settle()
+    done.settled.set()
+    return done
+
+
+def statistics(stats: str = "summary") -> ReplyStatistics:
+    asked = ReplyStatistics(stats, each_its_choice=False)
+    asked.tallies.append(tally([(2.0, 1.0, 3), (0.5, 0.5, 0)]))
+    return asked
+
+
+def answered(response: Response, asked: ReplyStatistics) -> tuple[Response, list[str]]:
+    """The response with the statistics, and the outcomes that were told."""
+    outcomes: list[str] = []
+    return asyncio.run(with_statistics(response, asked, outcomes.append)), outcomes
+
+
+# Which entries
+
+
+def block(stats: str, each_its_choice: bool, *tallies: RequestStats) -> list[dict[str, Any]]:
+    asked = ReplyStatistics(stats, each_its_choice)
+    asked.tallies.extend(tallies)
+    return asyncio.run(asked.block())
+
+
+def test_each_prompt_has_choices_of_its_own() -> None:
+    one, two = [(1.0, 0.5, 1)], [(1.0, 0.5, 2)]
+    entries = block("summary", True, tally(one, two), tally([*one, *two], []))
+    assert [(entry["index"], entry["tokens"], entry["steps"]) for entry in entries] == [
+        (0, 1, 1),
+        (1, 1, 2),
+        (2, 2, 3),
+        (3, 0, 0),
+    ]
+
+
+def test_turns_of_one_reply_share_its_entry() -> None:
+    entries = block("tokens", False, tally([(1.0, 0.5, 1)]), tally([(3.0, 0.5, 2), (2.0, 0.5, 4)]))
+    assert [entry["index"] for entry in entries] == [0]
+    assert entries[0]["entropy_before"] == 2.0
+    assert [token["steps"] for token in entries[0]["per_token"]] == [1, 2, 4]
+
+
+def test_a_block_waits_for_its_requests_but_not_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def settle_while_waited_for(late: RequestStats) -> list[dict[str, Any]]:
+        asked = ReplyStatistics("summary", each_its_choice=False)
+        asked.tallies.append(late)
+        waiting = asyncio.create_task(asked.block())
+        await asyncio.sleep(0)
+        assert not waiting.done()
+        late.choices[0].tokens, late.choices[0].records = 1, {0: (1.0, 0.5, 7)}
+        late.choices[0].settle()
+        late.settled.set()
+        return await waiting
+
+    assert asyncio.run(settle_while_waited_for(RequestStats(0, "em_inf", 1)))[0]["steps"] == 7
+    monkeypatch.setattr(response, "GRACE", 0.01)
+    never = RequestStats(1, "em_inf", 1)
+    never.choices[0].tokens = 3
+    (entry,) = block("tokens", False, never)
+    assert (entry["tokens"], entry["missing"], entry["per_token"]) == (3, 3, [None] * 3)
+
+
+# Objects
+
+
+@pytest.mark.parametrize(("stats", "entry"), [("summary", ENTRY), ("tokens", ENTRY | {"per_token": PER_TOKEN})])
+def test_an_object_gets_the_block_beside_its_usage(stats: str, entry: dict[str, Any]) -> None:
+    response, outcomes = answered(JSONResponse(BODY), statistics(stats))
+    assert json.loads(bytes(response.body)) == {**BODY, "em_inf": [entry]}
+    assert bytes(response.body).startswith(JSONResponse(BODY).body[:-1])
+    assert response.headers.getlist("content-length") == [str(len(response.body))]
+    assert response.headers["content-type"] == "application/json"
+    assert outcomes == ["completed"]
+
+
+def test_white_space_after_an_object_is_no_obstacle() -> None:
+    response, _ = answered(Response(json.dumps(BODY, indent=1) + "\n\n", media_type="application/json"), statistics())
+    assert json.loads(bytes(response.body)) == {**BODY, "em_inf": [ENTRY]}
+
+
+def test_numbers_that_json_does_not_know_stay_out() -> None:
+    asked = ReplyStatistics("tokens", each_its_choice=False)
+    asked.tallies.append(tally([(math.nan, math.nan, 0)]))
+    response, _ = answered(JSONResponse({"id": "x"}), asked)
+    assert b"NaN" not in response.body
+    assert json.loads(bytes(response.body))["em_inf"][0]["per_token"] == [{"before": None, "after": None, "steps": 0}]
+
+
+@pytest.mark.parametrize(
+    ("status", "outcome"), [(400, "rejected"), (404, "rejected"), (500, "failed"), (503, "failed")]
+)
+def test_an_error_is_left_as_it_is(status: int, outcome: str) -> None:
+    error = {"error": {"message": "no", "code": status}}
+    response, outcomes = answered(JSONResponse(error, status_code=status), statistics())
+    assert response.body == JSONResponse(error).body
+    assert response.headers["content-length"] == str(len(response.body))
+    assert outcomes == [outcome]
+
+
+def test_an_object_without_statistics_keeps_every_byte() -> None:
+    response, outcomes = answered(JSONResponse(BODY), statistics("none"))
+    assert response.body == JSONResponse(BODY).body
+    assert outcomes == ["completed"]
+
+
+# Streams
+
+
+def event(**fields: Any) -> str:
+    head = {"id": "chatcmpl-1", "object": "chat.completion.chunk", "created": 17, "model": "demo"}
+    return f"data: {json.dumps(head | fields)}\n\n"
+
+
+FIRST = event(choices=[{"index": 0, "delta": {"content": "data: [DONE]"}}], system_fingerprint="f")
+USAGE = event(choices=[], usage={"completion_tokens": 2})
+KEEP_ALIVE = ": ping\n\n"
+ERROR = 'data: {"error": {"message": "the engine is dead", "code": 500}}\n\n'
+DONE = "data: [DONE]\n\n"
+
+
+async def deliver(response: Response, got: list[str], spec_version: str = "2.3", gone_after: int | None = None) -> None:
+    """Call the response as uvicorn would; the client goes away after so many events."""
+    left = asyncio.Event()
+
+    async def receive() -> Message:
+        await left.wait()
+        return {"type": "http.disconnect"}
+
+    async def send(message: Message) -> None:
+        if message["type"] == "http.response.body" and message.get("body"):
+            got.append(bytes(message["body"]).decode())
+        if gone_after is not None and len(got) >= gone_after:
+            left.set()
+            if spec_version == "2.4":
+                raise OSError
+            await asyncio.sleep(0.01)
+
+    scope = {"type": "http", "asgi": {"spec_version": spec_version}}
+    with contextlib.suppress(ClientDisconnect):
+        await response(scope, receive, send)
+
+
+def streamed(events: list[str], asked: ReplyStatistics) -> tuple[list[str], list[str]]:
+    """(the events that the client gets, the outcomes that were told)."""
+    outcomes: list[str] = []
+    got: list[str] = []
+
+    async def generate() -> AsyncIterator[str]:
+        for one in events:
+            yield one
+
+    async def main() -> None:
+        response = await with_statistics(StreamingResponse(generate()), asked, outcomes.append)
+        assert outcomes == []  # not before the stream's end
+        await deliver(response, got)
+
+    asyncio.run(main())
+    return got, outcomes
+
+
+def test_a_stream_keeps_its_status_headers_and_background_task() -> None:
+    async def main() -> None:
+        headers = {"x-request-id": "7", "content-type": "text/event-stream; charset=utf-8"}
+        background = BackgroundTask(print)
+        stream = StreamingResponse(iter([DONE]), status_code=203, headers=headers, background=background)
+        response = await with_statistics(stream, statistics(), [].append)
+        assert (response.status_code, response.raw_headers) == (203, stream.raw_headers)
+        assert dict(response.headers) == headers
+        assert response.background is background
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("events", [[FIRST], [FIRST, USAGE], [FIRST, KEEP_ALIVE], [KEEP_ALIVE, FIRST, KEEP_ALIVE]])
+def test_a_stream_gets_a_chunk_before_its_end(events: list[str]) -> None:
+    got, outcomes = streamed([*events, DONE], statistics())
+    assert got[:-2] == events
+    assert got[-1] == DONE
+    assert got[-2].startswith("data: {") and got[-2].endswith("}\n\n") and got[-2].count("\n") == 2
+    assert json.loads(got[-2].removeprefix("data: ")) == {
+        "id": "chatcmpl-1",
+        "object": "chat.completion.chunk",
+        "created": 17,
+        "model": "demo",
+        "choices": [],
+        "em_inf": [ENTRY],
+    }
+    assert outcomes == ["completed"]
+
+
+def test_a_stream_without_a_chunk_ends_as_it_would_have() -> None:
+    """No statistic is worth a broken stream: there is nothing to take an id from."""
+    got, outcomes = streamed([KEEP_ALIVE, DONE], statistics())
+    assert (got[0], got[-1], outcomes) == (KEEP_ALIVE, DONE, ["completed"])
+    assert json.loads(got[1].removeprefix("data: ")) == {"choices": [], "em_inf": [ENTRY]}
+
+
+def test_a_stream_is_relayed_as_it_comes() -> None:
+    """No event waits for the one after it."""
+    outcomes: list[str] = []
+    made: list[str] = []
+
+    async def generate() -> AsyncIterator[str]:
+        for one in (FIRST, USAGE, DONE):
+            made.append(one)
+            yield one
+
+    async def main() -> None:
+        response = await with_statistics(StreamingResponse(generate()), statistics(), outcomes.append)
+        assert isinstance(response, StreamingResponse)
+        seen = [(str(one), len(made)) async for one in response.body_iterator]
+        assert [number for _, number in seen] == [1, 2, 3, 3]
+        assert seen[0] == (FIRST, 1)
+
+    asyncio.run(main())
+
+
+def test_a_stream_with_an_error_has_no_block() -> None:
+    got, outcomes = streamed([FIRST, ERROR, DONE], statistics())
+    assert got == [FIRST, ERROR, DONE]
+    assert outcomes == ["failed"]
+
+
+@pytest.mark.parametrize(("events", "outcome"), [([FIRST, DONE], "completed"), ([FIRST, ERROR, DONE], "failed")])
+def test_a_stream_without_statistics_is_only_watched(events: list[str], outcome: str) -> None:
+    assert streamed(events, statistics("none")) == (events, [outcome])
+
+
+def response_event(name: str, **response: Any) -> str:
+    content = {
+        "type": name,
+        "sequence_number": 9,
+        "response": {"id": "resp_1", "usage": {"output_tokens": 2}} | response,
+    }
+    return f"event: {name}\ndata: {json.dumps(content)}\n\n"
+
+
+@pytest.mark.parametrize("end", ["response.completed", "response.incomplete", "response.failed"])
+def test_the_responses_api_has_it_in_its_closing_event(end: str) -> None:
+    created = response_event("response.created", usage=None)
+    delta = 'event: response.output_text.delta\ndata: {"type":"response.output_text.delta","delta":"\\ndata: 4"}\n\n'
+    text = "Größe\ndata: {}"
+    got, outcomes = streamed([created, delta, response_event(end, output=[text])], statistics())
+    assert got[:2] == [created, delta]
+    name, data, *rest = got[2].split("\n")
+    assert name == f"event: {end}"
+    assert rest == ["", ""]
+    assert json.loads(data.removeprefix("data: ")) == {
+        "type": end,
+        "sequence_number": 9,
+        "response": {"id": "resp_1", "usage": {"output_tokens": 2}, "output": [text], "em_inf": [ENTRY]},
+    }
+    assert len(outcomes) == 1
+
+
+@pytest.mark.parametrize("stats", ["none", "summary"])
+def test_how_a_response_ended_is_told(stats: str) -> None:
+    assert streamed([response_event("response.completed")], statistics(stats))[1] == ["completed"]
+    assert streamed([response_event("response.failed")], statistics(stats))[1] == ["failed"]
+
+
+@pytest.mark.parametrize("stats", ["none", "summary"])
+@pytest.mark.parametrize("spec_version", ["2.3", "2.4"])
+@pytest.mark.parametrize("gone_after", [0, 1])
+def test_a_client_that_leaves_is_told_of_once(gone_after: int, spec_version: str, stats: str) -> None:
+    """Also one that leaves before the first event, whose generator never runs."""
+    outcomes: list[str] = []
+
+    async def generate() -> AsyncIterator[str]:
+        yield FIRST
+        await asyncio.Event().wait()  # the next token never comes
+        yield DONE
+
+    async def main() -> None:
+        response = await with_statistics(StreamingResponse(generate()), statistics(stats), outcomes.append)
+        await deliver(response, [], spec_version, gone_after)
+
+    asyncio.run(main())
+    assert outcomes == ["aborted"]
+
+
+def test_a_stream_that_breaks_has_failed() -> None:
+    outcomes: list[str] = []
+
+    async def generate() -> AsyncIterator[str]:
+        yield FIRST
+        raise RuntimeError("the engine is dead")
+
+    async def main() -> None:
+        response = await with_statistics(StreamingResponse(generate()), statistics(), outcomes.append)
+        await deliver(response, [], "2.4")
+
+    with pytest.raises(RuntimeError, match="the engine is dead"):
+        asyncio.run(main())
+    assert outcomes == ["failed"]
