@@ -147,5 +147,5 @@ class Guarded:
 
 def is_right(answer: Answer, reply: str, wanted: str) -> bool:
     """Whether the answer in a reply is the wanted one, written as in the data or as a bare value."""
-    found = answer.of(reply)
-    return found is not None and found in (answer.of(wanted), Answer(type="text").of(wanted))
+    found = answer.extract(reply)
+    return found is not None and found in (answer.extract(wanted), Answer(type="text").extract(wanted))

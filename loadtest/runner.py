@@ -208,7 +208,7 @@ def voted(calls: Sequence[Call], find: Callable[[str], str | None]) -> Call | No
     for call in whole:
         answer = find(call.text)
         if answer is not None:
-            vote.add(answer, preference=0.0)
+            vote.add(answer, tie_break=0.0)
             first.setdefault(answer, call)
     ranking = vote.ranking()
     return first[ranking[0]] if ranking else next(iter(whole), None)

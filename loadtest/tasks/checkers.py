@@ -62,11 +62,11 @@ class Equal:
 
     def expected(self, given: str) -> str | None:
         """A file's answer in its normal form; None where it cannot be one."""
-        return TEXT.of(given)
+        return TEXT.extract(given)
 
     def find(self, reply: str) -> str | None:
         """The answer in a reply, in its normal form."""
-        return self.answer.of(reply)
+        return self.answer.extract(reply)
 
     async def check(self, expected: str, reply: str) -> bool:
         """Whether a reply has the expected answer."""
@@ -81,19 +81,19 @@ class Number(Equal):
 
     def expected(self, given: str) -> str | None:
         """A number, units beside it dropped."""
-        number = _one_number(TEXT.of(given) or "")
+        number = _one_number(TEXT.extract(given) or "")
         return number if _VALUE.fullmatch(number) else None
 
     def find(self, reply: str) -> str | None:
         """A number; or a box's content that is none."""
-        boxed = BOXED.of(reply)
+        boxed = BOXED.extract(reply)
         return super().find(reply) if boxed is None else _one_number(boxed)
 
 
 def _one_number(text: str) -> str:
     """The only number of a text such as `18 dollars`; `2^{10}` has two, and neither is its value."""
     alone = len(_DIGITS.findall(text)) == 1 and not _VALUE.fullmatch(text)
-    return (LAST_NUMBER.of(text) if alone else None) or text
+    return (LAST_NUMBER.extract(text) if alone else None) or text
 
 
 class Boxed(Equal):
@@ -111,7 +111,7 @@ class Boxed(Equal):
 
     def expected(self, given: str) -> str | None:
         """The content of a box; a whole solution has one."""
-        return BOXED.of(given if "\\boxed{" in given else f"\\boxed{{{given}}}")
+        return BOXED.extract(given if "\\boxed{" in given else f"\\boxed{{{given}}}")
 
     async def check(self, expected: str, reply: str) -> bool:
         """Whether both are the same number, text or formula."""

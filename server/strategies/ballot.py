@@ -17,7 +17,7 @@ class Ballot:
 
     def add(self, branch: Branch, weight: float) -> None:
         """Count a completed branch's vote, if it has an answer."""
-        answer = self.answer.of(branch.text)
+        answer = self.answer.extract(branch.text)
         self.voters.setdefault(answer, []).append(branch)
         if answer is not None:
             self.vote.add(answer, branch.mean_logprob, weight)

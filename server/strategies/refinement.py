@@ -39,7 +39,7 @@ class Refinement(Strategy):
                 branches.report["stopped_by"] = "length"
                 break
             best = branch
-            answers.append(self.answer.of(branch.text))
+            answers.append(self.answer.extract(branch.text))
             branches.report |= {"answer": answers[-1], "answers": list(answers), "no_answer": answers.count(None)}
             left = self.rounds - number - 1
             if not left or (answers[-1] is not None and answers[-1:] == answers[-2:-1]):

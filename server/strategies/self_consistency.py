@@ -79,4 +79,6 @@ class SelfConsistency(Strategy):
         return UNKNOWN_WEIGHT if entropy is None else math.exp(-entropy)
 
     def _settled(self, vote: Vote, remaining: int) -> bool:
-        return vote.decided(remaining) or (self.confidence is not None and vote.posterior() >= self.confidence)
+        return vote.is_decided(remaining) or (
+            self.confidence is not None and vote.leader_probability() >= self.confidence
+        )

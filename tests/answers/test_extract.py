@@ -23,13 +23,13 @@ SAME = [
 
 @pytest.mark.parametrize("replies", SAME, ids=lambda replies: replies[0])
 def test_answers_of_equal_value_are_the_same(replies: tuple[str, ...]) -> None:
-    assert len({Answer().of(reply) for reply in replies}) == 1
+    assert len({Answer().extract(reply) for reply in replies}) == 1
 
 
 def test_different_answers_are_not() -> None:
-    found = [Answer().of(replies[0]) for replies in SAME]
+    found = [Answer().extract(replies[0]) for replies in SAME]
     others = [r"\boxed{1,2}", r"\boxed{12}", r"\boxed{x-1}", r"\boxed{1/0}", r"\boxed{\sqrt{2}}", r"\boxed{2}"]
-    found += map(Answer().of, others)
+    found += map(Answer().extract, others)
     assert None not in found
     assert len(set(found)) == len(found)
 
@@ -61,25 +61,28 @@ def test_different_answers_are_not() -> None:
     ],
 )
 def test_where_an_answer_is_found(answer: Answer, reply: str, expected: str | None) -> None:
-    assert answer.of(reply) == expected
+    assert answer.extract(reply) == expected
 
 
 @given(st.fractions(max_denominator=10**9), st.integers(1, 50))
 def test_a_fractions_value_counts_and_not_its_form(value: Any, factor: int) -> None:
     plain = f"{value.numerator * factor}/{value.denominator * factor}"
     latex = rf"\boxed{{\frac{{{value.numerator * factor}}}{{{value.denominator * factor}}}}}"
-    found = Answer().of(latex)
-    assert found == Answer(type="text").of(plain)
+    found = Answer().extract(latex)
+    assert found == Answer(type="text").extract(plain)
     assert found is not None
-    assert Answer(type="text").of(found) == found  # a normal form stays as it is
+    assert Answer(type="text").extract(found) == found  # a normal form stays as it is
     assert abs(eval(found) - float(value)) <= 1e-12 * abs(float(value))
 
 
 @given(st.text(alphabet=r"\{}boxedfrac1234567890,./+-e $", max_size=200))
 def test_no_reply_breaks_it_and_the_normal_form_is_stable(text: str) -> None:
     for answer in (Answer(), Answer(type="last_number"), Answer(type="text")):
-        found = answer.of(text)
-        assert found is None or Answer(type="text").of(found) in (found, Answer(type="text").of(found.strip()))
+        found = answer.extract(text)
+        assert found is None or Answer(type="text").extract(found) in (
+            found,
+            Answer(type="text").extract(found.strip()),
+        )
 
 
 HOSTILE = {
@@ -102,7 +105,7 @@ def test_no_reply_takes_long(reply: str) -> None:
     answers += [Answer(type="regex", pattern=pattern) for pattern in HOSTILE_PATTERNS]
     start = time.process_time()
     for answer in answers:
-        answer.of(reply)
+        answer.extract(reply)
     assert time.process_time() - start < 20
 
 

@@ -11,10 +11,10 @@ from scipy.stats import beta
 from answers.vote import Vote
 
 
-def vote(*answers: str, preference: float = -1.0, weights: list[float] | None = None) -> Vote:
+def vote(*answers: str, tie_break: float = -1.0, weights: list[float] | None = None) -> Vote:
     votes = Vote()
     for answer, weight in zip(answers, weights or [1.0] * len(answers), strict=True):
-        votes.add(answer, preference, weight)
+        votes.add(answer, tie_break, weight)
     return votes
 
 
@@ -27,8 +27,8 @@ def test_most_votes_lead() -> None:
 
 def test_ties_go_to_the_answer_whose_voters_are_likelier() -> None:
     votes = Vote()
-    for answer, preference in (("a", -0.1), ("b", -0.3), ("a", -0.9), ("b", -0.3)):
-        votes.add(answer, preference)
+    for answer, tie_break in (("a", -0.1), ("b", -0.3), ("a", -0.9), ("b", -0.3)):
+        votes.add(answer, tie_break)
     assert votes.ranking() == ["b", "a"]  # means -0.5 and -0.3
 
 
@@ -50,14 +50,14 @@ def test_decided_means_that_no_further_votes_change_the_leader(cast: list[str], 
 
     outcomes = {alone_at_the_top(more) for more in itertools.product("abcd", repeat=remaining)}
     expected = len(outcomes) == 1 and outcomes != {None}
-    assert votes.decided(remaining) == expected
+    assert votes.is_decided(remaining) == expected
 
 
 def test_a_light_vote_decides_less() -> None:
     votes = vote("a", "b", weights=[0.9, 0.2])
-    assert votes.decided(0)
-    assert not votes.decided(1)
-    assert votes.decided(1, heaviest=0.5)
+    assert votes.is_decided(0)
+    assert not votes.is_decided(1)
+    assert votes.is_decided(1, max_weight=0.5)
 
 
 @given(st.integers(0, 40), st.integers(0, 40))
@@ -65,9 +65,9 @@ def test_the_posterior_is_that_of_the_beta_distribution(first: int, second: int)
     low, high = sorted((first, second))
     votes = vote(*"a" * high, *"b" * low, "c" if low else "a")
     high += 0 if low else 1
-    assert votes.posterior() == pytest.approx(beta.sf(0.5, high + 1, low + 1), abs=1e-12)
+    assert votes.leader_probability() == pytest.approx(beta.sf(0.5, high + 1, low + 1), abs=1e-12)
 
 
 def test_without_votes_nothing_is_known() -> None:
-    assert Vote().posterior() == 0.5
-    assert not Vote().decided(0)
+    assert Vote().leader_probability() == 0.5
+    assert not Vote().is_decided(0)

@@ -64,7 +64,7 @@ def test_branches_are_reproducible_samples_and_the_winner_is_the_first_with_the_
     answer: Any = chat(engine, majority(), extra_body=extra_body)
     block = answer.strategy
     texts = [single.choices[0].message.content for single in singles]
-    found = [Answer().of(text) for text in texts]
+    found = [Answer().extract(text) for text in texts]
     assert block["votes"] == Counter(filter(None, found))
     assert block["no_answer"] == found.count(None)
     assert block["completion_tokens"] == [single.usage.completion_tokens for single in singles]
@@ -190,7 +190,8 @@ def test_a_vote_of_16_is_right_more_often_than_its_first_sample_and_early_stop_c
     early_stop = majority(16, early_stop=True, parallel=4)
     single, whole, stopped = (votes_on(server, strategy) for strategy in (None, majority(16), early_stop))
     first = [
-        Answer().of(answer.choices[0].message.content) == str(p.answer) for answer, p in zip(single, asked, strict=True)
+        Answer().extract(answer.choices[0].message.content) == str(p.answer)
+        for answer, p in zip(single, asked, strict=True)
     ]
     voted = [answer.strategy["answer"] == str(p.answer) for answer, p in zip(whole, asked, strict=True)]
     better = sum(v and not f for v, f in zip(voted, first, strict=True))

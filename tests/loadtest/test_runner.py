@@ -143,7 +143,7 @@ def test_a_sweep_ends_where_more_concurrency_gives_no_more() -> None:
 
 
 def test_the_reply_of_a_vote_is_the_first_with_its_answer_of_those_that_were_whole() -> None:
-    find = Answer().of
+    find = Answer().extract
     calls = [Call(seed=i, status="ok", text=f"\\boxed{{{answer}}}") for i, answer in enumerate((3, 5, 4, 5))]
     calls.append(Call(seed=9, status="incomplete", text="\\boxed{3}"))
     assert voted(calls, find) is calls[1]

@@ -121,7 +121,7 @@ def test_a_file_says_what_was_written_to_it(
     lines = [json.dumps(each, ensure_ascii=ascii_only) for each in objects]
     path = tmp_path / "x.jsonl"
     path.write_text(f"[{','.join(lines)}]" if array else "\n\n".join(lines), encoding="utf-8")
-    expected = [Answer(type="text").of(answer) for _, answer in rows]
+    expected = [Answer(type="text").extract(answer) for _, answer in rows]
     if None in expected:
         return
     with loaded(type="file", path=path, question="q", answer="a", prompt="Say {question} {}") as task:
