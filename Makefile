@@ -14,7 +14,7 @@ When it says "Application startup complete", from another terminal:
 endef
 export TRY
 
-.PHONY: help install serve test bench bench-serving loadtest image check format compat lock clean
+.PHONY: help install serve test test-all bench bench-serving loadtest image check format compat lock clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' Makefile
@@ -26,7 +26,11 @@ serve: install ## start the server; MODEL=name-or-folder (default: the demo mode
 	@echo "$$TRY"
 	.venv/bin/em-serve $(MODEL) --host $(HOST) --port $(PORT) $(ARGS)
 
-test: install ## run pytest; ARGS="-m 'not engine'" leaves out the tests that start vLLM
+test: install ## run the tests that need no engine, and one engine start with the essential checks; ARGS="more of pytest's flags"
+	@scripts/test-tools.sh
+	.venv/bin/python -m pytest -m "not slow and (essential or not engine)" $(ARGS)
+
+test-all: install ## run every test (what .ci/run calls); ARGS="-k name" or "-m 'not engine'" chooses some
 	@scripts/test-tools.sh
 	.venv/bin/python -m pytest $(ARGS)
 
@@ -42,10 +46,11 @@ loadtest: install ## serve the demo model and run the standard comparison on it 
 image: ## build the image em-inf-server:cpu; TARGET=cuda, BUILDER=docker, podman or buildah, ARGS="its flags"
 	@scripts/image-build.sh $(or $(TARGET),cpu) $(ARGS)
 
-check: install ## check formatting and lint with ruff, types with mypy
+check: install ## check formatting and lint with ruff, types with mypy, layers with import-linter
 	.venv/bin/ruff format --check .
 	.venv/bin/ruff check .
 	.venv/bin/mypy
+	.venv/bin/lint-imports --no-logo
 
 format: install ## format the sources and fix what ruff can fix
 	.venv/bin/ruff format .
