@@ -1,7 +1,7 @@
-"""The answer in a reply, and when two answers are the same. Knows text alone.
+"""Where a reply has its answer, and when two answers are equal.
 
-Nothing here evaluates what a model wrote: no computer algebra (its time has no bound on hostile input), no `re` for a
-client's pattern (RE2's time is linear in the text).
+Never evaluates what a model or a client wrote: no computer algebra (its time is unbounded on hostile input), and RE2
+instead of `re` for a client's pattern (its time is linear in the text).
 """
 
 import re
@@ -12,80 +12,80 @@ from typing import Any, Literal, Self
 import re2
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-MAX_PATTERN = 1000  # characters
-MAX_DIGITS = 100  # of a number that is compared by value; longer ones are compared as text
-DECIMALS = 6  # at most, of a number that is written with a point; others are written as fractions
-PATTERN_MEMORY = 1 << 20  # bytes that RE2 may use for one pattern
+MAX_PATTERN_CHARS = 1000
+MAX_DIGITS = 100  # characters of a number that is compared by value; a longer one is compared as text
+MAX_DECIMALS = 6  # a value with more decimals is written as a fraction, such as 1/3
+PATTERN_MEMORY_BYTES = 1 << 20  # RE2's limit for one pattern
 
 _NUMBER = re.compile(r"([-+]?)(\d{1,3}(?:,\d{3})+|\d*)(?:\.(\d*))?(?:[eE]([-+]?\d{1,2}))?")
-_RATIO = re.compile(r"([-+]?)(?:\\frac\{([^{}]*)\}\{([^{}]*)\}|\\frac(\d)(\d)|([^/{}]+)/([^/{}]+))")
-# A sign counts where it is none of subtraction: at the start, after a space, a bracket or another sign.
-_IN_TEXT = re.compile(r"(?:(?<![\w)\]}.%])[-+])?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?(?:/\d+(?!\.?\d))?")
+_FRACTION = re.compile(r"([-+]?)(?:\\frac\{([^{}]*)\}\{([^{}]*)\}|\\frac(\d)(\d)|([^/{}]+)/([^/{}]+))")
+# A sign belongs to the number unless it is a subtraction: at the start, after a space, an open bracket or another sign.
+_NUMBER_IN_TEXT = re.compile(r"(?:(?<![\w)\]}.%])[-+])?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?(?:/\d+(?!\.?\d))?")
 _BRACE = re.compile(r"\\boxed\{|[{}]")
 _DECORATION = re.compile(r"\\(?:left|right|displaystyle|[,;:! ])|\$|~")
-_WRAPPED = re.compile(r"\\(?:text|mathrm|mathbf|textbf)\{([^{}]*)\}")
+_TEXT_COMMAND = re.compile(r"\\(?:text|mathrm|mathbf|textbf)\{([^{}]*)\}")
 
 
 class Answer(BaseModel):
-    """How to find the answer in a reply."""
+    """How to find the answer in a reply: the `answer` field of a strategy, of a load test's task and of training."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     type: Literal["boxed", "regex", "last_number", "text"] = Field(
         default="boxed",
         description="boxed: in the last \\boxed{...}. regex: the first group of the last match of `pattern`. "
-        "last_number. text: the whole reply.",
+        "last_number: the last number. text: the complete reply.",
     )
     pattern: str | None = Field(
-        default=None, min_length=1, max_length=MAX_PATTERN, description="For regex, in RE2's syntax."
+        default=None, min_length=1, max_length=MAX_PATTERN_CHARS, description="For regex, in RE2's syntax."
     )
 
     @model_validator(mode="after")
-    def _complete(self) -> Self:
+    def _check_pattern(self) -> Self:
         if self.type == "regex" and self.pattern is None:
             raise ValueError("type regex needs a `pattern`")
         if self.pattern is not None and self.type != "regex":
             raise ValueError(f"`pattern` is for type regex; got type {self.type}")
         if self.pattern is not None:
             try:
-                _compiled(self.pattern)
+                _compile(self.pattern)
             except re2.error as error:
                 text = error.args[0].decode() if isinstance(error.args[0], bytes) else error.args[0]
                 raise ValueError(f"`pattern` is not in RE2's syntax: {text}") from None
         return self
 
-    def of(self, reply: str) -> str | None:
-        """The answer in its normal form: replies with equal answers give equal strings. None where there is none."""
-        found = self._found(after_thinking(reply))
+    def extract(self, reply: str) -> str | None:
+        """Return the reply's answer in normal form, or None if it has none. Equal answers give equal strings."""
+        found = self._find(after_thinking(reply))
         if found is None or not found.strip():
             return None
-        return _value(found) or (found.strip() if self.type == "text" else _plain(found)) or None
+        return _number_value(found) or (found.strip() if self.type == "text" else _without_decoration(found)) or None
 
-    def _found(self, reply: str) -> str | None:
+    def _find(self, reply: str) -> str | None:
         if self.type == "boxed":
             return _last_box(reply)
         if self.type == "text":
             return reply
-        pattern = _IN_TEXT if self.pattern is None else _compiled(self.pattern)
+        pattern = _NUMBER_IN_TEXT if self.pattern is None else _compile(self.pattern)
         last = deque(pattern.finditer(reply), maxlen=1)
         found: str | None = last[0].group(1 if pattern.groups else 0) if last else None
         return found
 
 
 def after_thinking(reply: str) -> str:
-    """What a model that thinks first says after it."""
+    """Return the part of a reply that follows the model's thinking: after the last `</think>`, stripped."""
     return reply.rpartition("</think>")[2].strip()
 
 
-def _compiled(pattern: str) -> Any:
+def _compile(pattern: str) -> Any:
     options = re2.Options()
-    options.max_mem = PATTERN_MEMORY
+    options.max_mem = PATTERN_MEMORY_BYTES
     options.log_errors = False
     return re2.compile(pattern, options)
 
 
 def _last_box(reply: str) -> str | None:
-    """The content of the last complete `\\boxed{...}`, braces inside it balanced. Time is linear."""
+    """Return the content of the last complete `\\boxed{...}` with balanced braces. Takes linear time."""
     opened: list[int | None] = []  # where a box's content begins; None for other braces
     begin, end = -1, -1
     for brace in _BRACE.finditer(reply):
@@ -96,39 +96,40 @@ def _last_box(reply: str) -> str | None:
     return reply[begin:end] if begin >= 0 else None
 
 
-def _plain(text: str) -> str:
-    """Without what changes a formula's looks and not its meaning."""
-    text = _WRAPPED.sub(r"\1", _DECORATION.sub("", text))
+def _without_decoration(text: str) -> str:
+    """Remove what changes a formula's appearance but not its meaning."""
+    text = _TEXT_COMMAND.sub(r"\1", _DECORATION.sub("", text))
     text = re.sub(r"\\[dt]frac", r"\\frac", text)
     text = re.sub(r"\s*([^\w\s])\s*", r"\1", re.sub(r"\s+", " ", text))
     return text.strip().rstrip(".")
 
 
-def _value(text: str) -> str | None:
-    """A number's value, exactly: `0.50`, `1/2` and `\\frac{1}{2}` are all `0.5`."""
+def _number_value(text: str) -> str | None:
+    """Return a number's exact value, None for other text: `0.50`, `1/2` and `\\frac{1}{2}` all give `0.5`."""
     if len(text) > 4 * MAX_DIGITS:
         return None
-    text = _plain(text).replace(" ", "")
-    ratio = _RATIO.fullmatch(text)
-    parts = [_number(part) for part in ratio.groups()[1:] if part is not None] if ratio else [_number(text)]
-    if None in parts or (len(parts) > 1 and not parts[1]):
+    text = _without_decoration(text).replace(" ", "")
+    fraction = _FRACTION.fullmatch(text)
+    parts = [part for part in fraction.groups()[1:] if part is not None] if fraction else [text, "1"]
+    numerator, denominator = (_parse_number(part) for part in parts)
+    if numerator is None or not denominator:
         return None
-    value = Fraction(parts[0]) / (parts[1] if len(parts) > 1 else 1)  # type: ignore[operator, arg-type]
-    return _written(-value if ratio and ratio[1] == "-" else value)
+    value = numerator / denominator
+    return _format(-value if fraction and fraction[1] == "-" else value)
 
 
-def _written(value: Fraction) -> str:
-    if 10**DECIMALS % value.denominator:
+def _format(value: Fraction) -> str:
+    if 10**MAX_DECIMALS % value.denominator:
         return str(value)  # such as 1/3
-    digits = f"{abs(value.numerator) * (10**DECIMALS // value.denominator):0{DECIMALS + 1}d}"
+    digits = f"{abs(value.numerator) * (10**MAX_DECIMALS // value.denominator):0{MAX_DECIMALS + 1}d}"
     sign = "-" if value < 0 else ""
-    return f"{sign}{digits[:-DECIMALS]}.{digits[-DECIMALS:]}".rstrip("0").rstrip(".")
+    return f"{sign}{digits[:-MAX_DECIMALS]}.{digits[-MAX_DECIMALS:]}".rstrip("0").rstrip(".")
 
 
-def _number(text: str) -> Fraction | None:
+def _parse_number(text: str) -> Fraction | None:
     match = _NUMBER.fullmatch(text)
     if not match or len(text) > MAX_DIGITS or not (match[2] or match[3]):
         return None
-    whole, decimals = match[2].replace(",", ""), match[3] or ""
+    integer, decimals = match[2].replace(",", ""), match[3] or ""
     power = int(match[4] or 0) - len(decimals)
-    return int(f"{match[1]}{whole}{decimals}") * Fraction(10) ** power
+    return int(f"{match[1]}{integer}{decimals}") * Fraction(10) ** power
