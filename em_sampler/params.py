@@ -12,9 +12,7 @@ from em_sampler.validation import ParamsError, shorten, validate
 
 EXTRA_ARGS_KEY = "em_inf"
 FLAT_PREFIX = "em_inf_"
-RETURN_ADDRESS_KEY = (
-    "em_report"  # beside it in extra_args, set by the server alone: where statistics go (telemetry.Report)
-)
+RETURN_ADDRESS_KEY = "em_return_address"  # also in extra_args, set by the server alone: stats.aggregator.ReturnAddress
 
 MAX_THRESHOLD = 20.0  # nats; above the entropy of any vocabulary in use (ln 10^8 = 18.4)
 MAX_STEPS = 64

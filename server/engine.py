@@ -1,6 +1,6 @@
-"""Around vLLM's engine client: each request's tokens are counted, and a strategy makes several requests of one.
+"""Wraps vLLM's engine client: each request's stats are collected, and a strategy makes several requests of one.
 
-All routes reach the engine by `EngineClient.generate`; it is wrapped here, once for each.
+All routes reach the engine by `EngineClient.generate`, which is wrapped here once for each purpose.
 """
 
 import functools
@@ -16,75 +16,83 @@ from vllm.v1.engine.parallel_sampling import ParentRequest
 
 from em_sampler.params import RETURN_ADDRESS_KEY, Params
 from em_sampler.stats import transport
+from em_sampler.stats.aggregator import ReturnAddress
 from em_sampler.validation import ParamsError
 from em_sampler.vllm_plugin.request import params_of
 from server.stats.collector import METRICS_TIMEOUT_S, RESPONSE_TIMEOUT_S, RequestStats, StatsCollector
 from server.stats.metrics import Metrics
+from server.strategies.branches import EngineRequest
 from server.strategies.run import StrategyRun
 
 if TYPE_CHECKING:
-    from server.tracing import Tracing  # only where vLLM traces
+    from server.tracing import StatsSpanProcessor  # imported only if vLLM traces
 
-# The engine requests made for the HTTP request at hand, in order; None on a route that cannot return statistics.
-request_stats_var: ContextVar[list[RequestStats] | None] = ContextVar("em_inf_tallies", default=None)
-# The strategy of the HTTP request at hand.
-strategy_run_var: ContextVar[StrategyRun | None] = ContextVar("em_inf_running", default=None)
+# The stats of the engine requests made for the current HTTP request, in order; None if its route cannot return them.
+request_stats_var: ContextVar[list[RequestStats] | None] = ContextVar("em_inf_request_stats", default=None)
+# The strategy of the current HTTP request.
+strategy_run_var: ContextVar[StrategyRun | None] = ContextVar("em_inf_strategy_run", default=None)
 
 
 async def install_stats(engine_client: EngineClient, metrics: Metrics) -> None:
-    """Observe all requests to `engine_client`.
+    """Collect the stats of all requests to `engine_client`.
 
-    Not where the server was not started by em-serve: then the workers know no socket to send statistics to.
+    Does nothing if the server was not started by em-serve: then the workers know no address to send stats to.
     """
-    place = transport.server_address()
-    if not place:
+    server_address = transport.server_address()
+    if not server_address:
         return
-    statistics = StatsCollector(metrics, place, engine_client.vllm_config.parallel_config._api_process_rank)
-    _number_the_samples()
-    _wrap_generate(engine_client, statistics, await _tracing(engine_client))
+    server_index = engine_client.vllm_config.parallel_config._api_process_rank
+    collector = StatsCollector(metrics, server_address, server_index)
+    _number_choices()
+    _wrap_generate(engine_client, collector, await _span_processor(engine_client))
 
 
-async def _tracing(engine_client: EngineClient) -> "Tracing | None":
+async def _span_processor(engine_client: EngineClient) -> "StatsSpanProcessor | None":
     if not await engine_client.is_tracing_enabled():
         return None
-    from server.tracing import Tracing
+    from server.tracing import StatsSpanProcessor
 
-    return Tracing(engine_client)
+    return StatsSpanProcessor(engine_client)
 
 
-def _wrap_generate(engine_client: EngineClient, statistics: StatsCollector, tracing: "Tracing | None") -> None:
+def _wrap_generate(
+    engine_client: EngineClient, collector: StatsCollector, span_processor: "StatsSpanProcessor | None"
+) -> None:
     generate = engine_client.generate
 
-    def observed(prompt: Any, sampling_params: SamplingParams, request_id: str, **options: Any) -> AsyncIterator[Any]:
+    def generate_with_stats(
+        prompt: Any, sampling_params: SamplingParams, request_id: str, **options: Any
+    ) -> AsyncIterator[Any]:
         extra_args = {k: v for k, v in (sampling_params.extra_args or {}).items() if k != RETURN_ADDRESS_KEY}
         sampling_params = copy(sampling_params)
-        sampling_params.extra_args = extra_args or None  # no return address but ours
-        params = _observable(sampling_params)
+        sampling_params.extra_args = extra_args or None  # a client's return address is removed
+        params = _params_to_track(sampling_params)
         if params is None:
             return generate(prompt, sampling_params, request_id, **options)
-        tally = statistics.tally(params, sampling_params.n)
-        wanted = request_stats_var.get()
-        if wanted is not None:
-            wanted.append(tally)
-        if tracing:
-            tracing.tallies[request_id] = tally
-        waited_for = params.stats != "none" or tracing is not None
-        sampling_params.extra_args = extra_args | statistics.report(tally, every_token=waited_for)
+        stats = collector.new_request(params, sampling_params.n)
+        returned_stats = request_stats_var.get()
+        if returned_stats is not None:
+            returned_stats.append(stats)
+        if span_processor:
+            span_processor.request_stats[request_id] = stats
+        # Otherwise only the metrics need the stats, which can wait for totals.
+        per_token = params.stats != "none" or span_processor is not None
+        sampling_params.extra_args = extra_args | collector.return_address(stats, per_token).to_extra_args()
         outputs = generate(prompt, sampling_params, request_id, **options)
-        return _counted(
-            outputs, sampling_params, statistics, tally, RESPONSE_TIMEOUT_S if waited_for else METRICS_TIMEOUT_S
-        )
+        is_delta = sampling_params.output_kind == RequestOutputKind.DELTA
+        timeout_s = RESPONSE_TIMEOUT_S if per_token else METRICS_TIMEOUT_S
+        return _count_tokens(outputs, is_delta, collector, stats, timeout_s)
 
-    engine_client.generate = observed  # type: ignore[method-assign, assignment]
+    engine_client.generate = generate_with_stats  # type: ignore[method-assign, assignment]
 
 
-class EngineBranches:
-    """The engine request that vLLM made of an HTTP request, and its copies (`branches.EngineRequest`)."""
+class EngineBranches(EngineRequest):
+    """The engine request that vLLM made of an HTTP request, and the branches of a strategy, which are its copies."""
 
     def __init__(
         self, client: Any, generate: Any, prompt: Any, sampling_params: SamplingParams, request_id: str
     ) -> None:
-        """`client`: vLLM's AsyncLLM. `generate`: its own, the options of the request bound."""
+        """`client`: vLLM's AsyncLLM. `generate`: its method, with the request's options bound."""
         self.client = client
         self.generate = generate
         self.prompt = prompt
@@ -95,32 +103,32 @@ class EngineBranches:
     def branch(
         self, number: int, prompt: Any | None, logprobs: int, every_token: bool
     ) -> tuple[str, bool, AsyncIterator[Any], list[RequestStats]]:
-        """See the protocol."""
+        """Send a copy of the request to the engine, with a seed, an id and a stats list that no other branch has."""
         params = copy(self.sampling_params)
         if params.seed is not None:
-            params.seed = (params.seed + number + 2**63) % 2**64 - 2**63  # within int64, as requests are
-        if params.logprobs != -1:
+            params.seed = (params.seed + number + 2**63) % 2**64 - 2**63  # within int64, as vLLM requires
+        if params.logprobs != -1:  # -1: of the complete vocabulary
             params.logprobs = max(params.logprobs or 0, logprobs)  # 0: of the sampled token
         if every_token:
             params.output_kind = RequestOutputKind.DELTA
-        request_id, own = f"{self.request_id}-{number}", list[RequestStats]()
-        token = request_stats_var.set(own)
+        request_id, branch_stats = f"{self.request_id}-{number}", list[RequestStats]()
+        token = request_stats_var.set(branch_stats)
         try:
             outputs = self.generate(self.prompt if prompt is None else prompt, params, request_id)
         finally:
             request_stats_var.reset(token)
-        return request_id, params.output_kind == RequestOutputKind.DELTA, outputs, own
+        return request_id, params.output_kind == RequestOutputKind.DELTA, outputs, branch_stats
 
     async def abort(self, request_id: str) -> None:
-        """See the protocol."""
+        """End a branch in the engine. Its last output has the finish reason "abort"."""
         await self.client.abort(request_id)
 
     def failure(self, message: str) -> Exception:
-        """See the protocol: HTTP 500, or an error in the stream."""
+        """Make the exception that vLLM answers with HTTP 500, or with an error in the stream."""
         return GenerationError(message)
 
     def as_own_outputs(self, outputs: list[Any]) -> list[Any]:
-        """See the protocol: one after another in a stream, otherwise as one."""
+        """Return a branch's outputs as they are for a stream, and merged into one otherwise."""
         if self.sampling_params.output_kind == RequestOutputKind.DELTA:
             return outputs
         first, *others = outputs
@@ -130,10 +138,12 @@ class EngineBranches:
 
 
 def install_strategies(engine_client: EngineClient) -> None:
-    """Let the strategy of an HTTP request, if it has one, answer for its engine request."""
+    """Wrap `generate`: a request with a strategy is answered by the strategy's branches."""
     generate = engine_client.generate
 
-    def multiplied(prompt: Any, sampling_params: SamplingParams, request_id: str, **options: Any) -> AsyncIterator[Any]:
+    def generate_branches(
+        prompt: Any, sampling_params: SamplingParams, request_id: str, **options: Any
+    ) -> AsyncIterator[Any]:
         run = strategy_run_var.get()
         if run is None:
             return generate(prompt, sampling_params, request_id, **options)
@@ -143,52 +153,46 @@ def install_strategies(engine_client: EngineClient) -> None:
         except ParamsError as error:
             raise VLLMValidationError(str(error), parameter=error.field) from None
 
-    engine_client.generate = multiplied  # type: ignore[method-assign, assignment]
+    engine_client.generate = generate_branches  # type: ignore[method-assign, assignment]
 
 
-def _observable(sampling_params: SamplingParams) -> Params | None:
-    """The request's parameters, if the sampler will send records and somebody wants them."""
+def _params_to_track(sampling_params: SamplingParams) -> Params | None:
+    """Return the request's params if its stats are to be collected, None otherwise or if vLLM will reject it."""
     try:
         params = params_of(sampling_params)
     except ParamsError:
-        return None  # vLLM's validation says so
+        return None
     if params and params.stats != "none" and request_stats_var.get() is None:
-        return None  # the same: there is nowhere to return them
+        return None  # the route cannot return them: EMInfLogitsProcessor.validate_params raises
     return params
 
 
-async def _counted(
-    outputs: AsyncIterator[Any],
-    sampling_params: SamplingParams,
-    statistics: StatsCollector,
-    tally: RequestStats,
-    grace: float,
+async def _count_tokens(
+    outputs: AsyncIterator[Any], is_delta: bool, collector: StatsCollector, stats: RequestStats, timeout_s: float
 ) -> AsyncIterator[Any]:
-    """`outputs` as they are, their tokens counted."""
-    delta = sampling_params.output_kind == RequestOutputKind.DELTA
-    statistics.open(tally)
+    """Yield `outputs` unchanged while their tokens are counted; the stats are in flight meanwhile."""
+    collector.start(stats)
     try:
         async for output in outputs:
-            for sample in output.outputs:
-                choice = tally.choices[sample.index]
-                choice.tokens = len(sample.token_ids) + (choice.tokens if delta else 0)
+            for completion in output.outputs:
+                choice = stats.choices[completion.index]
+                choice.tokens = len(completion.token_ids) + (choice.tokens if is_delta else 0)
             if output.finished:
-                statistics.finish(tally, grace)
+                collector.finish(stats, timeout_s)
             yield output
     finally:
-        statistics.finish(tally, grace)
+        collector.finish(stats, timeout_s)
 
 
-def _number_the_samples() -> None:
-    """Samples of one request (`n`) share its extra_args: each gets a copy with its number."""
+def _number_choices() -> None:
+    """Give each choice of a request (`n`) its own return address; vLLM has them share `extra_args`."""
     original = ParentRequest.get_child_info
 
     def get_child_info(self: ParentRequest, index: int) -> tuple[str, SamplingParams]:
         request_id, params = original(self, index)
-        if report := (params.extra_args or {}).get(RETURN_ADDRESS_KEY):
-            channel, number, _, every_token = report
+        if return_address := ReturnAddress.from_extra_args(params.extra_args):
             params = copy(params)
-            params.extra_args = {**(params.extra_args or {}), RETURN_ADDRESS_KEY: [channel, number, index, every_token]}
+            params.extra_args = (params.extra_args or {}) | return_address._replace(choice=index).to_extra_args()
         return request_id, params
 
     ParentRequest.get_child_info = get_child_info  # type: ignore[method-assign]

@@ -65,7 +65,7 @@ class ReplyStatistics:
         for number, tally in enumerate(self.tallies):
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(
-                    tally.settled.wait(), 2 * RESPONSE_TIMEOUT_S
+                    tally.final.wait(), 2 * RESPONSE_TIMEOUT_S
                 )  # it comes after GRACE at the latest
             first = number * len(tally.choices) if self.each_its_choice else 0
             for index, choice in enumerate(tally.choices, first):

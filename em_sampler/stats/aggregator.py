@@ -1,6 +1,6 @@
-"""What the worker owes each API server: whose request is in each slot, and which of its tokens are still to be sent.
+"""What a worker still has to send to each API server: stats of single tokens, and totals over many.
 
-Knows neither devices nor sockets; used by the one thread of telemetry.py.
+Knows neither devices nor sockets. Used by one thread, that of recorder.py.
 """
 
 from collections.abc import Mapping
@@ -10,115 +10,139 @@ import numpy as np
 from numpy.typing import NDArray
 
 from em_sampler.params import RETURN_ADDRESS_KEY
-from em_sampler.stats.transport import SOCKET_NAME
+from em_sampler.stats.transport import SOCKET_NAME_PATTERN
 from em_sampler.stats.wire import TOKEN_DTYPE, TOTALS_DTYPE, StructuredArray, add_tokens
 
-FINAL_AFTER_TOKENS = (
-    32  # tokens after which one is settled: neither sampled again nor found to lie past the end of its reply
-)
+# A token is final once this many later ones were sampled: preemption cannot have it sampled again, and a stop string
+# cannot cut it off.
+FINAL_AFTER_TOKENS = 32
 
 Ints = NDArray[np.int64]
 
 
 class ReturnAddress(NamedTuple):
-    """Where a request's statistics go."""
+    """Where the stats of an engine request go. The API server puts it into `SamplingParams.extra_args`."""
 
-    channel: str  # the API server
-    request: int  # by the API server's count
-    choice: int  # of the request's `n`
-    every_token: bool  # or totals alone, for the metrics
+    socket_name: str  # the API server's, see transport.py
+    request_number: int  # counted by the API server
+    choice: int  # index among the request's `n` choices
+    per_token: bool  # send every token's stats as soon as possible; otherwise totals, for the metrics
 
     @classmethod
-    def of(cls, extra_args: Mapping[str, Any] | None) -> "ReturnAddress | None":
-        """What the API server left in `extra_args`; None where it asked for nothing."""
+    def from_extra_args(cls, extra_args: Mapping[str, Any] | None) -> "ReturnAddress | None":
+        """Read what `to_extra_args` wrote; None if there is none, or if no API server can have written it."""
         match (extra_args or {}).get(RETURN_ADDRESS_KEY):
-            case [str(channel), int(request), int(choice), bool(every_token)] if (
-                SOCKET_NAME.fullmatch(channel) and 0 <= request < 2**63 and 0 <= choice < 2**31
+            case [str(socket_name), int(request_number), int(choice), bool(per_token)] if (
+                SOCKET_NAME_PATTERN.fullmatch(socket_name) and 0 <= request_number < 2**63 and 0 <= choice < 2**31
             ):
-                return cls(channel, request, choice, every_token)
+                return cls(socket_name, request_number, choice, per_token)
         return None
+
+    def to_extra_args(self) -> dict[str, Any]:
+        """Return the entry for `SamplingParams.extra_args`."""
+        return {RETURN_ADDRESS_KEY: list(self)}
 
 
 class PendingStats:
-    """What one API server is to be told: some tokens as they come, of others only the totals."""
+    """What one API server has not got yet."""
 
     def __init__(self) -> None:
-        self.tokens: list[StructuredArray] = []  # to be sent
-        self.totals: list[StructuredArray] = []  # to be sent
-        self.log: list[StructuredArray] = []  # tokens to be totalled, in the order in which they were sampled
-        self.tail = np.zeros(0, dtype=TOKEN_DTYPE)  # those of before that may still change
+        self.tokens: list[StructuredArray] = []  # TOKEN, to be sent
+        self.totals: list[StructuredArray] = []  # TOTALS, to be sent
+        self.sampled: list[StructuredArray] = []  # TOKEN, to be folded into totals, in the order of sampling
+        self.not_final = np.zeros(0, dtype=TOKEN_DTYPE)  # left over from the last fold
 
-    def waiting(self) -> bool:
-        """Whether there is anything to total."""
-        return bool(self.log) or len(self.tail) > 0
+    def has_pending(self) -> bool:
+        """Return whether `fold` has anything to do."""
+        return bool(self.sampled) or len(self.not_final) > 0
 
-    def settle(self) -> None:
-        """Total what will not change; tokens at the end of a request that has had no new one are sent as they are."""
-        tokens, self.log = np.concatenate([self.tail, *self.log]), []
+    def take(self) -> tuple[list[StructuredArray], list[StructuredArray]]:
+        """Return (tokens, totals) to be sent, which are then no longer here."""
+        tokens, self.tokens = self.tokens, []
+        totals, self.totals = self.totals, []
+        return tokens, totals
+
+    def fold(self) -> None:
+        """Fold final tokens into totals.
+
+        Send the other tokens one by one if their choice got none since the last fold: it may be over, and only the API
+        server knows where it ends.
+        """
+        tokens, self.sampled = np.concatenate([self.not_final, *self.sampled]), []
         if not len(tokens):
             return
-        order = np.lexsort((tokens["position"], tokens["choice"], tokens["request"]))  # stable: the last one is last
-        new = order >= len(self.tail)
+        order = np.lexsort((tokens["position"], tokens["choice"], tokens["request_number"]))  # stable
+        is_new = order >= len(self.not_final)
         tokens = tokens[order]
-        request, choice, position = (tokens[name] for name in ("request", "choice", "position"))
-        other_reply = (request[1:] != request[:-1]) | (choice[1:] != choice[:-1])
-        last = np.append(other_reply | (position[1:] != position[:-1]), True)  # of the records of its token
-        reply = np.append(0, np.cumsum(other_reply))[last]
-        tokens, new = tokens[last], new[last]
-        starts = np.flatnonzero(np.diff(reply, prepend=-1))
+        request_number, choice, position = (tokens[name] for name in ("request_number", "choice", "position"))
+        next_is_other_choice = (request_number[1:] != request_number[:-1]) | (choice[1:] != choice[:-1])
+        # A position sampled several times counts as it was sampled last.
+        latest = np.append(next_is_other_choice | (position[1:] != position[:-1]), True)
+        choice_of_token = np.append(0, np.cumsum(next_is_other_choice))[latest]  # 0, 0, 1, 1, 1, 2, ...
+        tokens, is_new = tokens[latest], is_new[latest]
+        starts = np.flatnonzero(np.diff(choice_of_token, prepend=-1))
         ends = np.append(starts[1:], len(tokens)) - 1
-        silent = ~np.logical_or.reduceat(new, starts)[reply]
-        settled = tokens["position"] + FINAL_AFTER_TOKENS <= tokens["position"][ends][reply]
-        self.totals.append(self._totals(tokens[starts], tokens[settled], reply[settled]))
-        self.tokens.append(tokens[silent & ~settled])
-        self.tail = tokens[~silent & ~settled]
+        idle = ~np.logical_or.reduceat(is_new, starts)[choice_of_token]
+        final = tokens["position"] + FINAL_AFTER_TOKENS <= tokens["position"][ends][choice_of_token]
+        self.totals.append(self._totals(tokens[starts], tokens[final], choice_of_token[final]))
+        self.tokens.append(tokens[idle & ~final])
+        self.not_final = tokens[~idle & ~final]
 
-    def _totals(self, replies: StructuredArray, tokens: StructuredArray, rows: Ints) -> StructuredArray:
-        """TOTALS of `tokens`, token i into the row `rows[i]` of `replies`; only rows that have any."""
-        totals = np.zeros(len(replies), dtype=TOTALS_DTYPE)
-        totals["request"], totals["choice"] = replies["request"], replies["choice"]
+    def _totals(self, choices: StructuredArray, tokens: StructuredArray, rows: Ints) -> StructuredArray:
+        """Return TOTALS of `tokens`: token i belongs to `choices[rows[i]]`. Choices without any have no row."""
+        totals = np.zeros(len(choices), dtype=TOTALS_DTYPE)
+        totals["request_number"], totals["choice"] = choices["request_number"], choices["choice"]
         totals["first"] = np.iinfo(np.uint32).max
         np.minimum.at(totals["first"], rows, tokens["position"])
-        np.maximum.at(totals["upto"], rows, tokens["position"] + 1)
+        np.maximum.at(totals["end"], rows, tokens["position"] + 1)
         add_tokens(totals, rows, tokens)
         return totals[totals["tokens"] > 0]
 
 
 class SlotTable:
-    """Whose request is in each slot."""
+    """Which request is in each slot, and what its API server still has to get."""
 
-    def __init__(self, count: int) -> None:
-        self.accounts: dict[str, PendingStats] = {}  # by channel
-        self.shelves: list[tuple[PendingStats, bool]] = []  # every account twice: for every token, for totals
-        # One more, for rows without a slot: -1.
-        self.shelf = np.full(count + 1, -1)
-        self.request = np.zeros(count + 1, dtype=np.uint64)
-        self.choice = np.zeros(count + 1, dtype=np.uint32)
+    def __init__(self, slots: int) -> None:
+        self.pending: dict[str, PendingStats] = {}  # by socket name
+        self.routes: list[tuple[PendingStats, bool]] = []  # two per API server: totals only, and per token
+        # By slot, and a last entry for rows without a slot (-1).
+        self.route = np.full(slots + 1, -1)  # index into `routes`; -1: nobody wants the stats
+        self.request_number = np.zeros(slots + 1, dtype=np.uint64)
+        self.choice = np.zeros(slots + 1, dtype=np.uint32)
 
-    def bind(self, slot: int, report: ReturnAddress | None) -> None:
-        """A new request, or none, takes over `slot`."""
-        if report is None:
-            self.shelf[slot] = -1
+    def assign(self, slot: int, return_address: ReturnAddress | None) -> None:
+        """Assign `slot` to a request, or to nobody who wants stats."""
+        if return_address is None:
+            self.route[slot] = -1
             return
-        if report.channel not in self.accounts:
-            account = self.accounts[report.channel] = PendingStats()
-            self.shelves += [(account, False), (account, True)]
-        account = self.accounts[report.channel]
-        self.shelf[slot] = self.shelves.index((account, report.every_token))
-        self.request[slot], self.choice[slot] = report.request, report.choice
+        socket_name, request_number, choice, per_token = return_address
+        if socket_name not in self.pending:
+            new = self.pending[socket_name] = PendingStats()
+            self.routes += [(new, False), (new, True)]
+        self.route[slot] = self.routes.index((self.pending[socket_name], per_token))
+        self.request_number[slot], self.choice[slot] = request_number, choice
 
-    def waited_for(self) -> bool:
-        """Whether any slot's statistics are wanted token by token."""
-        return any(self.shelves[number][1] for number in set(self.shelf.tolist()) - {-1})
+    def any_per_token(self) -> bool:
+        """Return whether any slot's stats are to be sent token by token."""
+        return any(self.routes[route][1] for route in set(self.route.tolist()) - {-1})
 
-    def add(self, columns: NDArray[np.int32]) -> None:
-        """Rows of one or more steps [telemetry.COLUMNS, rows] go to the accounts that they belong to."""
-        slots, positions, before, after, steps = columns
+    def has_pending(self) -> bool:
+        """Return whether `fold` has anything to do."""
+        return any(pending.has_pending() for pending in self.pending.values())
+
+    def fold(self) -> None:
+        """Fold the final tokens of all API servers into totals."""
+        for pending in self.pending.values():
+            pending.fold()
+
+    def add(self, step_stats: NDArray[np.int32]) -> None:
+        """Take the rows of one or more steps, [recorder.STEP_FIELDS, rows], to the API servers that want them."""
+        slots, positions, before, after, steps = step_stats
         tokens = np.empty(len(slots), dtype=TOKEN_DTYPE)
-        tokens["request"], tokens["choice"], tokens["position"] = self.request[slots], self.choice[slots], positions
+        tokens["request_number"], tokens["choice"] = self.request_number[slots], self.choice[slots]
+        tokens["position"], tokens["steps"] = positions, steps
         tokens["before"], tokens["after"] = before.view(np.float32), after.view(np.float32)
-        tokens["steps"] = steps
-        shelf = np.where(positions < 0, -1, self.shelf[slots])
-        for number in set(shelf.tolist()) - {-1}:
-            account, every_token = self.shelves[number]
-            (account.tokens if every_token else account.log).append(tokens[shelf == number])
+        route_of_row = np.where(positions < 0, -1, self.route[slots])
+        for route in set(route_of_row.tolist()) - {-1}:
+            pending, per_token = self.routes[route]
+            (pending.tokens if per_token else pending.sampled).append(tokens[route_of_row == route])

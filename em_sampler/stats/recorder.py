@@ -1,6 +1,6 @@
-"""Statistics leaving the worker without making it wait: from the sampler to a thread, from there to an API server.
+"""Brings stats out of a worker without making it wait: from the sampler to a thread, from there to the API servers.
 
-Knows slots and positions, not the engine. A request's API server is known by its channel (channels.py).
+Knows slots and positions, not vLLM. What is sent, and when, is decided in aggregator.py.
 """
 
 import contextlib
@@ -27,141 +27,159 @@ from em_sampler.transforms.batch import TransformOutput
 
 logger = logging.getLogger(__name__)
 
-MAX_IN_FLIGHT_STEPS = 256  # steps that may be under way to the thread; one more is dropped and counted
-FLUSH_INTERVAL_S = (
-    0.25  # seconds between totals, and without a token after which a request counts as over: no runner tells
-)
-# Seconds that the thread sleeps where nobody waits for a token's statistics: awake, it takes the interpreter
-# from the sampler. Far less than STAGES steps take.
+MAX_IN_FLIGHT_STEPS = 256  # steps on their way to the thread; the stats of one more are dropped and counted
+# Totals are sent this often, and a request that got no token for this long counts as finished: neither of vLLM's
+# runners reports the end.
+FLUSH_INTERVAL_S = 0.25
+# The thread sleeps if no response needs the stats of single tokens: awake, it competes with the sampler for the GIL.
+# Far less than MAX_IN_FLIGHT_STEPS steps take.
 IDLE_SLEEP_S = 0.1
-COLUMNS = 5  # slot, position, entropy before and after (as int32), steps
+STEP_FIELDS = 5  # slot, position, entropy before and after (float32 by their bits), steps
+
+Assignment = tuple[int, ReturnAddress | None]  # of a slot
 
 
 class StepBuffer:
-    """One step's statistics on their way to the host. Nothing here waits for the device but `wait`, in the thread."""
+    """One step's stats on their way to the host. Only `wait`, which the thread calls, waits for the device."""
 
     def __init__(self, max_rows: int, device: torch.device) -> None:
-        self.columns: NDArray[np.int32]
+        self.stats: NDArray[np.int32]  # [STEP_FIELDS, rows]
         self.pinned: Tensor | None = None
         if device.type == "cuda":
-            self.pinned = torch.empty(COLUMNS * max_rows, dtype=torch.int32, pin_memory=True)
+            self.pinned = torch.empty(STEP_FIELDS * max_rows, dtype=torch.int32, pin_memory=True)
             event = partial(torch.cuda.Event, enable_timing=True, blocking=True)
             self.events = event(), event()
 
-    def begin(self) -> None:
-        """Before the transform."""
+    def start(self) -> None:
+        """Start the clock, before the transform."""
         if self.pinned is not None:
             self.events[0].record()
         self.seconds = -time.perf_counter()
 
-    def end(self, slots: Tensor, positions: Tensor, done: TransformOutput) -> None:
-        """After it: take what it returned, for rows of the given slots and positions (int32 [rows], slot -1: none)."""
-        if self.pinned is None:  # by numpy, whose operations take a third of the time of torch's
-            self.columns = np.concatenate((slots.numpy()[None], positions.numpy()[None], done.statistics.numpy()))
+    def finish(self, slots: Tensor, positions: Tensor, output: TransformOutput) -> None:
+        """Stop the clock and copy the transform's stats to the host.
+
+        Args:
+            slots: int32 [rows], the slot of each row's request; -1 without one.
+            positions: int32 [rows], the position of each row's token in its choice; -1 for a row still in prefill.
+            output: what the transform returned.
+        """
+        if self.pinned is None:  # NumPy's operations take a third of the time of torch's
+            self.stats = np.concatenate((slots.numpy()[None], positions.numpy()[None], output.statistics.numpy()))
         else:
-            columns = torch.cat((slots[None], positions[None], done.statistics))
-            room = self.pinned[: columns.numel()].view(columns.shape)
-            self.columns = room.copy_(columns, non_blocking=True).numpy()
+            stats = torch.cat((slots[None], positions[None], output.statistics))
+            pinned = self.pinned[: stats.numel()].view(stats.shape)
+            self.stats = pinned.copy_(stats, non_blocking=True).numpy()
             self.events[1].record()
         self.seconds += time.perf_counter()
 
     def wait(self) -> tuple[NDArray[np.int32], float]:
-        """([COLUMNS, rows], seconds the transform took)."""
+        """Return (stats [STEP_FIELDS, rows], seconds the transform took) once they are on the host."""
         if self.pinned is None:
-            return self.columns, self.seconds
+            return self.stats, self.seconds
         self.events[1].synchronize()
-        return self.columns, self.events[0].elapsed_time(self.events[1]) / 1000
+        return self.stats, self.events[0].elapsed_time(self.events[1]) / 1000
 
 
 class StatsRecorder:
-    """The sampler's side. Its calls come in the engine's order and never wait."""
+    """The sampler's side. Its methods are called in the engine's order and never wait."""
 
-    def __init__(self, slots: int, max_rows: int, device: torch.device, reports: bool = True) -> None:
-        """`reports`: False for the tensor-parallel ranks whose samples repeat the first's."""
-        self.place = transport.server_address() if reports else None
-        self.bound: set[int] = set()
-        self.stages = deque(StepBuffer(max_rows, device) for _ in range(MAX_IN_FLIGHT_STEPS if self.place else 0))
-        self.dropped = 0  # records, since the start
-        self.events: SimpleQueue[tuple[int, ReturnAddress | None] | StepBuffer] = SimpleQueue()
-        self.size = slots
+    def __init__(self, slots: int, max_rows: int, device: torch.device, enabled: bool = True) -> None:
+        """Allocate the buffers; the thread starts with the first request that wants stats.
+
+        Args:
+            slots: requests at a time.
+            max_rows: rows of a step.
+            device: of the transform's output.
+            enabled: False for tensor-parallel ranks other than the first, which sample the same tokens.
+        """
+        self.server_address = transport.server_address() if enabled else None
+        self.slots = slots
+        self.assigned: set[int] = set()  # slots whose request wants stats
+        buffers = MAX_IN_FLIGHT_STEPS if self.server_address else 0
+        self.free_buffers = deque(StepBuffer(max_rows, device) for _ in range(buffers))
+        self.dropped = 0  # tokens whose stats had no buffer, since the start
+        self.events: SimpleQueue[Assignment | StepBuffer] = SimpleQueue()
         self.thread: threading.Thread | None = None
 
-    def bind(self, slot: int, report: ReturnAddress | None) -> None:
-        """`slot` now holds a request with this report, or none of our business."""
-        if self.place is None or (report is None and slot not in self.bound):
+    def assign(self, slot: int, return_address: ReturnAddress | None) -> None:
+        """Assign `slot` to a request, or clear it (None)."""
+        if self.server_address is None or (return_address is None and slot not in self.assigned):
             return
-        self.bound.add(slot) if report else self.bound.discard(slot)
+        self.assigned.add(slot) if return_address else self.assigned.discard(slot)
         if self.thread is None:
-            self.thread = threading.Thread(target=self._work, args=(self.place,), name="em_inf_telemetry", daemon=True)
+            self.thread = threading.Thread(
+                target=self._run, args=(self.server_address,), name="em_inf_stats", daemon=True
+            )
             self.thread.start()
-        self.events.put((slot, report))
+        self.events.put((slot, return_address))
 
-    def begin(self) -> StepBuffer | None:
-        """Before a transform; None where nobody wants its statistics, or where there is no room for them."""
-        if not self.bound:
+    def start_step(self) -> StepBuffer | None:
+        """Return a buffer for the next step, its clock started; None if nobody wants its stats or no buffer is free."""
+        if not self.assigned:
             return None
         try:
-            stage = self.stages.popleft()
+            buffer = self.free_buffers.popleft()
         except IndexError:
-            self.dropped += len(self.bound)
+            self.dropped += len(self.assigned)
             return None
-        stage.begin()
-        return stage
+        buffer.start()
+        return buffer
 
-    def end(self, stage: StepBuffer, slots: Tensor, positions: Tensor, done: TransformOutput) -> None:
-        """After it (see `Stage.end`)."""
-        stage.end(slots, positions, done)
-        self.events.put(stage)
+    def finish_step(self, buffer: StepBuffer, slots: Tensor, positions: Tensor, output: TransformOutput) -> None:
+        """Hand the transform's output to the thread; arguments as for `StepBuffer.finish`."""
+        buffer.finish(slots, positions, output)
+        self.events.put(buffer)
 
-    def _work(self, place: str) -> None:
-        slots, outbox = SlotTable(self.size), StatsSender(place)
-        settled = time.monotonic()
+    def _run(self, server_address: str) -> None:
+        """Do the thread's work: add steps to the slots' pending stats, fold them, send them."""
+        slots, sender = SlotTable(self.slots), StatsSender(server_address)
+        last_fold = time.monotonic()
         while True:
-            waiting = any(account.waiting() for account in slots.accounts.values())
-            come = self._come(max(0.0, settled + FLUSH_INTERVAL_S - time.monotonic()) if waiting else None)
-            for is_stage, events in groupby(come, lambda event: isinstance(event, StepBuffer)):
-                with _whatever_happens():
-                    if is_stage:
-                        self._read(cast(list[StepBuffer], list(events)), slots, outbox)
+            until_fold = max(0.0, last_fold + FLUSH_INTERVAL_S - time.monotonic())
+            events = self._drain_events(until_fold if slots.has_pending() else None)
+            for is_step, group in groupby(events, lambda event: isinstance(event, StepBuffer)):
+                with _log_and_continue():
+                    if is_step:
+                        self._read(cast(list[StepBuffer], list(group)), slots, sender)
                     else:
-                        for binding in events:
-                            slots.bind(*cast(tuple[int, ReturnAddress | None], binding))
-            with _whatever_happens():
-                if time.monotonic() >= settled + FLUSH_INTERVAL_S:
-                    settled = time.monotonic()
-                    for account in slots.accounts.values():
-                        account.settle()
-                for channel, account in slots.accounts.items():
-                    if account.tokens or account.totals:
-                        outbox.send(channel, account, self.dropped)
-            if not slots.waited_for():
+                        for assignment in group:
+                            slots.assign(*cast(Assignment, assignment))
+            with _log_and_continue():
+                if time.monotonic() >= last_fold + FLUSH_INTERVAL_S:
+                    last_fold = time.monotonic()
+                    slots.fold()
+                for socket_name, pending in slots.pending.items():
+                    if pending.tokens or pending.totals:
+                        sender.send(socket_name, pending, self.dropped)
+            if not slots.any_per_token():
                 time.sleep(IDLE_SLEEP_S)
 
-    def _come(self, timeout: float | None) -> Iterator[tuple[int, ReturnAddress | None] | StepBuffer]:
-        """What there is, waiting for the first at most `timeout`."""
+    def _drain_events(self, timeout: float | None) -> Iterator[Assignment | StepBuffer]:
+        """Yield all queued events, waiting up to `timeout` seconds for the first (None: as long as it takes)."""
         with contextlib.suppress(Empty):
             yield self.events.get(timeout=timeout)
             while True:
                 yield self.events.get_nowait()
 
-    def _read(self, stages: list[StepBuffer], slots: SlotTable, outbox: "StatsSender") -> None:
-        """Account for the rows of several steps at once: one by one they would take many times as long."""
-        read = []
-        for stage in stages:
-            with _whatever_happens():
-                columns, seconds = stage.wait()
-                read.append(columns)
-                outbox.seconds += seconds
+    def _read(self, buffers: list[StepBuffer], slots: SlotTable, sender: "StatsSender") -> None:
+        """Add the stats of several steps at once: one by one they would take many times as long."""
+        steps = []
+        for buffer in buffers:
+            with _log_and_continue():
+                stats, seconds = buffer.wait()
+                steps.append(stats)
+                sender.seconds += seconds
         try:
-            if read:
-                slots.add(np.concatenate(read, axis=1))
+            if steps:
+                slots.add(np.concatenate(steps, axis=1))
         finally:
-            self.stages.extend(stages)
+            self.free_buffers.extend(buffers)
 
 
 @contextlib.contextmanager
-def _whatever_happens() -> Iterator[None]:
-    """A lost statistic is no reason to stop the others."""
+def _log_and_continue() -> Iterator[None]:
+    """Log an exception instead of raising it: the stats of one step are lost, those of the next must not be."""
     try:
         yield
     except Exception:
@@ -169,25 +187,28 @@ def _whatever_happens() -> Iterator[None]:
 
 
 class StatsSender:
-    """Sends messages to API servers. What one cannot take is lost, and counted."""
+    """Sends messages to API servers. What a server cannot take is lost and counted: nothing waits for it."""
 
-    def __init__(self, place: str) -> None:
-        self.place = place
+    def __init__(self, server_address: str) -> None:
+        """`server_address`: see `transport.server_address`."""
+        self.server_address = server_address
         self.context = zmq.Context()
-        self.sockets: dict[str, zmq.Socket[bytes]] = {}
-        self.seconds = 0.0  # spent in the transform, not yet reported
-        self.lost = 0  # records, here
-        self.reported = 0  # of those lost here and before
+        self.sockets: dict[str, zmq.Socket[bytes]] = {}  # by socket name
+        self.seconds = 0.0  # spent in the transform, not reported yet
+        self.lost = 0  # rows that could not be sent, since the start
+        self.reported = 0  # of the rows lost here and before
 
-    def send(self, channel: str, account: PendingStats, dropped: int) -> None:
-        """One message with all that is to be sent. `dropped`: records that were lost before they came here."""
-        tokens, totals = account.tokens, account.totals
-        account.tokens, account.totals = [], []
+    def send(self, socket_name: str, pending: PendingStats, dropped: int) -> None:
+        """Send all that `pending` has to be sent, in one message.
+
+        `dropped`: rows lost before they came here, since the start.
+        """
+        tokens, totals = pending.take()
         try:
             message = pack(tokens, totals, self.seconds, dropped + self.lost - self.reported)
-            if channel not in self.sockets:
-                self.sockets[channel] = transport.connect(self.context, self.place, channel)
-            self.sockets[channel].send_multipart((channel.encode(), message), zmq.NOBLOCK)
+            if socket_name not in self.sockets:
+                self.sockets[socket_name] = transport.connect(self.context, self.server_address, socket_name)
+            self.sockets[socket_name].send_multipart((socket_name.encode(), message), zmq.NOBLOCK)
             self.seconds, self.reported = 0.0, dropped + self.lost
         except (zmq.ZMQError, FileNotFoundError):
             self.lost += sum(map(len, tokens)) + sum(map(len, totals))

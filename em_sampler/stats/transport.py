@@ -1,6 +1,6 @@
-"""Where API servers listen for statistics and workers send them: sockets in a folder, or TCP between machines.
+"""The sockets by which workers send stats to API servers: files in a folder, or TCP between machines.
 
-A channel is the name of one API server's socket: a secret, which every message repeats, and the server's number.
+A socket name stands for one API server: a secret, which every message repeats, and the server's index.
 """
 
 import contextlib
@@ -15,15 +15,15 @@ from pathlib import Path
 import zmq
 
 SOCKET_DIR_ENV = "EM_INF_TELEMETRY_DIR"  # the folder of the sockets, made by em-serve for its owner alone
-ADDRESS_ENV = "EM_INF_STATISTICS_ADDRESS"  # instead of it, host:port; API server i listens on port + i
-SOCKET_NAME = re.compile("[0-9a-f]{32}[.](0|[1-9][0-9]{0,3})")
-MAX_TMPDIR_BYTES = 50  # bytes; a unix socket's path has at most 107, of which a channel and the folder's name take 54
-MAX_MESSAGE_BYTES = 2**26  # bytes of a message; more than a worker ever sends
+ADDRESS_ENV = "EM_INF_STATISTICS_ADDRESS"  # instead of the folder, host:port; API server i listens on port + i
+SOCKET_NAME_PATTERN = re.compile("[0-9a-f]{32}[.](0|[1-9][0-9]{0,3})")
+MAX_TMPDIR_BYTES = 50  # a unix socket's path has at most 107, of which the socket's and the folder's name take 54
+MAX_MESSAGE_BYTES = 2**26  # more than a worker ever sends
 
 
 @contextlib.contextmanager
 def socket_dir() -> Iterator[str]:
-    """A new folder for the API servers' sockets, open to its owner alone."""
+    """Make a folder for the API servers' sockets, open to its owner alone, and remove it at the end."""
     temporary = tempfile.gettempdir()
     short_enough = len(os.fsencode(temporary)) < MAX_TMPDIR_BYTES
     with tempfile.TemporaryDirectory(prefix="em-inf-", dir=temporary if short_enough else "/tmp") as folder:
@@ -31,16 +31,16 @@ def socket_dir() -> Iterator[str]:
 
 
 def server_address() -> str | None:
-    """Where the API servers are, as the environment has it: "ipc://folder" or "tcp://host:port"; None: nowhere."""
+    """Read the API servers' address from the environment: "ipc://folder" or "tcp://host:port", None without one."""
     address, folder = os.environ.get(ADDRESS_ENV), os.environ.get(SOCKET_DIR_ENV)
     return f"tcp://{address}" if address else f"ipc://{folder}" if folder else None
 
 
 def parse_address(text: str) -> tuple[str, int]:
-    """Host and port of "host:port"; an IPv6 host is in brackets.
+    """Return host and port of "host:port"; an IPv6 host is in brackets.
 
     Raises:
-        ValueError: where that is not what it is.
+        ValueError: if `text` is not HOST:PORT.
     """
     host, _, port = text.rpartition(":")
     if not host or not port.isdecimal() or not 0 < int(port) < 2**16 or (":" in host) != host.startswith("["):
@@ -48,53 +48,55 @@ def parse_address(text: str) -> tuple[str, int]:
     return host, int(port)
 
 
-def new_socket_name(number: int) -> str:
-    """A channel for the API server of that number."""
-    return f"{secrets.token_hex(16)}.{number}"
+def new_socket_name(server_index: int) -> str:
+    """Make a name for the socket of the API server of that index."""
+    return f"{secrets.token_hex(16)}.{server_index}"
 
 
-def connect(context: "zmq.Context[zmq.Socket[bytes]]", server_address: str, channel: str) -> "zmq.Socket[bytes]":
-    """A worker's end.
+def connect(context: "zmq.Context[zmq.Socket[bytes]]", address: str, socket_name: str) -> "zmq.Socket[bytes]":
+    """Open a worker's end. `address`: see `server_address`.
 
     Raises:
-        FileNotFoundError: where no such API server has a socket in the folder. By TCP nobody can tell.
+        FileNotFoundError: if the folder has no such socket. By TCP nobody can know.
     """
-    if server_address.startswith("ipc://") and not Path(server_address.removeprefix("ipc://"), channel).exists():
-        raise FileNotFoundError(channel)
+    if address.startswith("ipc://") and not Path(address.removeprefix("ipc://"), socket_name).exists():
+        raise FileNotFoundError(socket_name)
     end = context.socket(zmq.PUSH)
     end.setsockopt(zmq.LINGER, 0)
     end.setsockopt(zmq.IPV6, 1)
-    end.connect(_endpoint(server_address, channel))
+    end.connect(_endpoint(address, socket_name))
     return end
 
 
-def listen(context: "zmq.Context[zmq.Socket[bytes]]", server_address: str, channel: str) -> "zmq.Socket[bytes]":
-    """An API server's end.
+def listen(context: "zmq.Context[zmq.Socket[bytes]]", address: str, socket_name: str) -> "zmq.Socket[bytes]":
+    """Open an API server's end. `address`: see `server_address`.
 
     Raises:
-        RuntimeError: where it cannot listen there.
+        RuntimeError: if the address is taken or not this machine's.
     """
     end = context.socket(zmq.PULL)
     end.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
     end.setsockopt(zmq.IPV6, 1)
+    endpoint = _endpoint(address, socket_name)
     try:
-        end.bind(_numeric(_endpoint(server_address, channel)))
+        end.bind(_resolved(endpoint))
     except (OSError, zmq.ZMQError) as error:
         end.close()
-        raise RuntimeError(f"cannot listen for statistics on {_endpoint(server_address, channel)}: {error}") from None
+        raise RuntimeError(f"cannot listen for statistics on {endpoint}: {error}") from None
     return end
 
 
-def _endpoint(server_address: str, channel: str) -> str:
-    scheme, _, where = server_address.partition("://")
+def _endpoint(address: str, socket_name: str) -> str:
+    """Return ZMQ's endpoint of one API server: a file in the folder, or a port by the server's index."""
+    scheme, _, host_and_port = address.partition("://")
     if scheme == "ipc":
-        return f"{server_address}/{channel}"
-    host, port = parse_address(where)
-    return f"tcp://{host}:{port + int(channel.rpartition('.')[2])}"
+        return f"{address}/{socket_name}"
+    host, port = parse_address(host_and_port)
+    return f"tcp://{host}:{port + int(socket_name.rpartition('.')[2])}"
 
 
-def _numeric(endpoint: str) -> str:
-    """ZMQ connects to a host by its name, but listens on an address only."""
+def _resolved(endpoint: str) -> str:
+    """Replace a host's name by its IP address: ZMQ connects to names, but does not listen on them."""
     if endpoint.startswith("ipc://"):
         return endpoint
     host, port = parse_address(endpoint.removeprefix("tcp://"))

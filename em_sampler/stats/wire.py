@@ -1,4 +1,4 @@
-"""What statistics travel as: a record per token, or a request's totals. Pure numpy; the worker and the server share it.
+"""What workers send to API servers: the stats of single tokens, and totals over many. NumPy alone; both ends share it.
 
 Entropies are in nats. NaN means not measured: the row held NaN or +inf and was passed through.
 """
@@ -8,20 +8,21 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-# Upper bounds of the histograms' buckets, in nats; above the last, one more. ln 160,000 = 12.
+# Upper bounds of the histograms' buckets, in nats; one more bucket is above the last. ln 160,000 = 12.
 ENTROPY_BUCKETS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0, 10.0, 12.0)
 
+# One token's entropy before and after the method, and the gradient steps between them.
 VALUES_DTYPE = np.dtype([("before", "f4"), ("after", "f4"), ("steps", "i4")])
-# One token: of which request, which of its `n` samples, which place in the reply.
-TOKEN_DTYPE = np.dtype([("request", "u8"), ("choice", "u4"), ("position", "u4"), *VALUES_DTYPE.descr])
+# The same with the token's place: request (numbered by its API server), choice, and position in the choice.
+TOKEN_DTYPE = np.dtype([("request_number", "u8"), ("choice", "u4"), ("position", "u4"), *VALUES_DTYPE.descr])
 HISTOGRAMS = ("before", "after", "reduction")
-# Many tokens of one choice, those at positions from `first` up to, not including, `upto`.
+# Many tokens of one choice. All of them have positions in range(first, end).
 TOTALS_DTYPE = np.dtype(
     [
-        ("request", "u8"),
+        ("request_number", "u8"),
         ("choice", "u4"),
         ("first", "u4"),
-        ("upto", "u4"),
+        ("end", "u4"),
         ("tokens", "u8"),
         ("optimized", "u8"),  # tokens that took at least one step
         ("steps", "u8"),
@@ -30,10 +31,10 @@ TOTALS_DTYPE = np.dtype(
         *((f"{name}_counts", "u4", (len(ENTROPY_BUCKETS) + 1,)) for name in HISTOGRAMS),
     ]
 )
-SUMMED_FIELDS = [name for name in TOTALS_DTYPE.names or () if name not in ("request", "choice", "first", "upto")]
+SUMMED_FIELDS = [name for name in TOTALS_DTYPE.names or () if name not in ("request_number", "choice", "first", "end")]
 
-# What precedes them in a message: how many there are, and since the last message the worker's seconds in the transform
-# and the records that it lost.
+# The start of a message: how many TOKEN and TOTALS rows follow. Since the worker's last message: seconds spent in the
+# transform, and rows lost on the way.
 HEADER_DTYPE = np.dtype([("tokens", "u4"), ("totals", "u4"), ("seconds", "f8"), ("dropped", "u8")])
 
 StructuredArray = NDArray[np.void]
@@ -54,20 +55,20 @@ def add_tokens(totals: StructuredArray, rows: NDArray[np.intp], tokens: Structur
 
 
 def add_totals(target: StructuredArray, others: Iterable[np.void]) -> None:
-    """Add what `others` (TOTALS) counted to the one row of `target` (TOTALS, [1])."""
+    """Add the counts and sums of `others` (TOTALS) to the one row of `target` (TOTALS, [1])."""
     for other in others:
         for name in SUMMED_FIELDS:
             target[name] += other[name]
 
 
 def pack(tokens: Sequence[StructuredArray], totals: Sequence[StructuredArray], seconds: float, dropped: int) -> bytes:
-    """A message from a worker to an API server."""
+    """Make a worker's message to an API server. `seconds`, `dropped`: see HEADER_DTYPE."""
     header = np.array((sum(map(len, tokens)), sum(map(len, totals)), seconds, dropped), dtype=HEADER_DTYPE)
     return b"".join(part.tobytes() for part in (header, *tokens, *totals))
 
 
 def unpack(message: bytes) -> tuple[StructuredArray, StructuredArray, np.void]:
-    """(tokens, totals, header) of a message."""
+    """Return (tokens, totals, header) of a message."""
     header: np.void = np.frombuffer(message, HEADER_DTYPE, count=1)[0]
     tokens: StructuredArray = np.frombuffer(message, TOKEN_DTYPE, count=header["tokens"], offset=HEADER_DTYPE.itemsize)
     totals: StructuredArray = np.frombuffer(

@@ -1,6 +1,6 @@
 """The class that vLLM finds by entry point (`vllm.logits_processors`) and instantiates in the worker of either runner.
 
-Also loaded by the frontend, with no GPU visible, to validate requests: nothing heavy happens at import.
+The frontend loads it too, with no GPU visible, to validate requests: nothing heavy happens at import.
 """
 
 from typing import Any, ClassVar
@@ -16,7 +16,7 @@ from em_sampler.params import (
 from em_sampler.validation import ParamsError
 from em_sampler.vllm_plugin.version import check_vllm_version
 
-check_vllm_version()  # before the imports that an unsupported release may not survive
+check_vllm_version()  # before the imports, which may fail on an unsupported release
 
 from vllm.sampling_params import SamplingParams  # noqa: E402
 from vllm.v1.sample.logits_processor.interface import LogitsProcessor as V1LogitsProcessor  # noqa: E402
@@ -24,8 +24,9 @@ from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsProcessor
 
 
 def _allow_amx() -> None:
-    """Linux lets no process use AMX's tiles that has not asked for them, and vLLM's attention on the CPU does not ask:
-    on a machine that has them, the first token ends the worker (docs/findings/upstream.md). Harmless elsewhere.
+    """Ask Linux for AMX's tiles, which vLLM's attention on the CPU uses without asking (docs/findings/upstream.md).
+
+    Without this, the first token kills the worker on a CPU that has AMX. Harmless on others.
     """
     import torch
 
@@ -33,29 +34,32 @@ def _allow_amx() -> None:
 
 
 class EMInfLogitsProcessor(V1LogitsProcessor, V2LogitsProcessor):  # type: ignore[misc]  # the two bases differ by design
-    """Passes for a processor of both interfaces and becomes the one that its caller wants.
+    """The class behind our entry point: a subclass of both runners' interfaces, which each runner checks for.
 
-    The V1 runner checks for its base class and calls with (vllm_config, device, is_pin_memory); the V2 runner checks
-    for its own and calls with (vllm_config, req_states).
+    The V1 runner calls it with (vllm_config, device, is_pin_memory), the V2 runner with (vllm_config, req_states).
     """
 
-    max_steps: ClassVar[int] = MAX_STEPS  # an operator's cap, set in the frontend: it holds on every route
+    max_steps: ClassVar[int] = MAX_STEPS  # the operator's limit on every route, set in the frontend
 
-    def __new__(cls, vllm_config: Any, *runner: Any) -> Any:
+    def __new__(cls, vllm_config: Any, *args: Any) -> Any:
+        """Make the calling runner's processor: the number of arguments shows which runner it is."""
         _allow_amx()
-        if len(runner) == 2:
+        if len(args) == 2:
             from em_sampler.vllm_plugin.v1 import V1Processor
 
-            return V1Processor(vllm_config, *runner)
+            return V1Processor(vllm_config, *args)
         from em_sampler.vllm_plugin.v2 import V2Processor
 
-        return V2Processor(vllm_config, *runner)
+        return V2Processor(vllm_config, *args)
 
     @classmethod
     def validate_params(cls, sampling_params: SamplingParams) -> None:
-        """Refuse a request whose settings cannot be used, before it reaches the engine (HTTP 400).
+        """Reject a request whose params cannot be used, before it reaches the engine.
 
-        The worker reads the request as it is, so a default above the cap cannot be lowered here: it is refused too.
+        A default above the limit is rejected too: the worker reads the request as it is, so it cannot be lowered here.
+
+        Raises:
+            ParamsError: if the params cannot be used; vLLM answers with HTTP 400.
         """
         params = from_extra_args(sampling_params.extra_args)
         if isinstance(params, EMInfParams) and params.steps > cls.max_steps:

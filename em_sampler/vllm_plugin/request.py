@@ -1,4 +1,4 @@
-"""What one vLLM request asks of the sampler. Both runners and the server read it here."""
+"""What one engine request asks of the sampler. Both runners and the server read it here."""
 
 from vllm.sampling_params import SamplingParams, SamplingType
 
@@ -6,12 +6,12 @@ from em_sampler.params import Params, from_extra_args
 
 
 def params_of(sampling_params: SamplingParams) -> Params | None:
-    """Read the request's method and parameters; None if the sampler has nothing to do.
+    """Return the request's params, None if the sampler has nothing to do.
 
-    A greedy request keeps its token under every method, so it is left alone unless its entropies are asked for.
+    A greedy request keeps its token under every method, so it is left alone unless it asks for its entropies.
 
     Raises:
-        ParamsError: (a ValueError, so that vLLM answers 400) for settings that cannot be used.
+        ParamsError: if the params cannot be used (a ValueError, so that vLLM answers with HTTP 400).
     """
     params = from_extra_args(sampling_params.extra_args)
     if params and sampling_params.sampling_type == SamplingType.GREEDY:

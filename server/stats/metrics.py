@@ -1,6 +1,6 @@
-"""What Prometheus sees of em_inf, on /metrics beside vLLM's own. Documented in docs/metrics.md, line for line.
+"""The Prometheus metrics `em_inf_*`, on /metrics beside vLLM's own. Documented in docs/metrics.md, line for line.
 
-Works where one process serves and where several do (prometheus_client's multi-process mode, which vLLM sets up).
+They work with one process and with several (prometheus_client's multi-process mode, which vLLM sets up).
 """
 
 from collections.abc import Sequence
@@ -14,25 +14,25 @@ from em_sampler.stats.wire import ENTROPY_BUCKETS, HISTOGRAMS, StructuredArray
 HELP = {
     "requests": "HTTP requests that asked for a method (em_inf, adaptive_temperature, or none: measured only), by how "
     "they ended: completed, rejected (4xx), failed (5xx or an error in the stream), aborted (the client went away). "
-    "One refused for its em_inf settings has the method unknown.",
-    "tokens": "Tokens of replies whose entropy was looked at before they were sampled.",
+    "A request rejected for its em_inf settings has the method unknown.",
+    "tokens": "Tokens of responses whose entropy was measured before they were sampled.",
     "optimized_tokens": "Tokens whose distribution was changed: at least one step was taken.",
     "steps": "Gradient steps taken by em_inf; for adaptive_temperature, one for each token that it scaled.",
     "passed_through_tokens": "Tokens left as they were because their logits held NaN or +inf.",
     "missing_tokens": "Tokens whose statistics did not arrive in time; no other metric here counts them.",
     "entropy_before_nats": "Entropy of a token's distribution as the model gave it, at temperature 1.",
     "entropy_after_nats": "Entropy of a token's distribution as the method left it, before the request's temperature.",
-    "entropy_reduction_nats": "By how much the method lowered a token's entropy; 0 where it did nothing.",
+    "entropy_reduction_nats": "By how much the method lowered a token's entropy; 0 if it did not.",
     "tracked_requests": "Requests whose statistics are being collected now: those in the engine, and a few just ended.",
-    "records_dropped": "Statistics given up on the way from a worker to this server, so that sampling need not wait.",
+    "records_dropped": "Statistics lost on the way from a worker to this server, so that sampling need not wait.",
     "transform_seconds": "Seconds that the workers spent in the transform, measuring included; on a GPU by its clock.",
 }
-UNKNOWN_METHOD = "unknown"  # the method of a request whose settings are refused
+UNKNOWN_METHOD = "unknown"  # the method of a request that is rejected for its settings
 OUTCOMES = ("completed", "rejected", "failed", "aborted")
 
 
 class BulkHistogram(Histogram):
-    """A histogram that takes many observations at once, already counted."""
+    """A histogram that takes many observations at once, already counted by bucket."""
 
     def add(self, counts: Any, total: float) -> None:
         """Add `counts` [buckets + 1] observations that sum to `total`."""
@@ -43,25 +43,25 @@ class BulkHistogram(Histogram):
 
 
 class Metrics:
-    """All of them, for one model."""
+    """The metrics for one model; those of strategies are in server/strategies/metrics.py."""
 
     def __init__(self, model: str, registry: CollectorRegistry = REGISTRY) -> None:
         self.model = model
 
-        def counter(name: str, about: str, labels: Sequence[str] = ("model", "method")) -> Counter:
-            return Counter(f"em_inf_{name}", about, labels, registry=registry)
+        def counter(name: str, labels: Sequence[str] = ("model", "method")) -> Counter:
+            return Counter(f"em_inf_{name}", HELP[name], labels, registry=registry)
 
-        def histogram(name: str, about: str) -> BulkHistogram:
-            name = f"em_inf_entropy_{name}_nats"
-            return BulkHistogram(name, about, ("model", "method"), registry=registry, buckets=ENTROPY_BUCKETS)
+        def histogram(name: str) -> BulkHistogram:
+            labels = ("model", "method")
+            return BulkHistogram(f"em_inf_{name}", HELP[name], labels, registry=registry, buckets=ENTROPY_BUCKETS)
 
-        self.requests = counter("requests", HELP["requests"], ("model", "method", "outcome"))
-        self.tokens = counter("tokens", HELP["tokens"])
-        self.optimized = counter("optimized_tokens", HELP["optimized_tokens"])
-        self.steps = counter("steps", HELP["steps"])
-        self.passed_through = counter("passed_through_tokens", HELP["passed_through_tokens"])
-        self.missing = counter("missing_tokens", HELP["missing_tokens"])
-        self.histograms = {name: histogram(name, HELP[f"entropy_{name}_nats"]) for name in HISTOGRAMS}
+        self.requests = counter("requests", ("model", "method", "outcome"))
+        self.tokens = counter("tokens")
+        self.optimized = counter("optimized_tokens")
+        self.steps = counter("steps")
+        self.passed_through = counter("passed_through_tokens")
+        self.missing = counter("missing_tokens")
+        self.histograms = {name: histogram(f"entropy_{name}_nats") for name in HISTOGRAMS}
         self.tracked = Gauge(
             "em_inf_tracked_requests",
             HELP["tracked_requests"],
@@ -69,12 +69,12 @@ class Metrics:
             registry=registry,
             multiprocess_mode="livesum",
         )
-        self.dropped = counter("records_dropped", HELP["records_dropped"], ("model",))
-        self.seconds = counter("transform_seconds", HELP["transform_seconds"], ("model",))
+        self.dropped = counter("records_dropped", ("model",))
+        self.seconds = counter("transform_seconds", ("model",))
         self._start_at_zero()
 
     def _start_at_zero(self) -> None:
-        """Every series exists from the start, so that rates do not miss the first increment."""
+        """Create every series at the start, so that rates do not miss the first increment."""
         per_method = (self.tokens, self.optimized, self.steps, self.passed_through, self.missing)
         for method in METHODS:
             for metric in (*per_method, *self.histograms.values()):
@@ -86,11 +86,11 @@ class Metrics:
             metric.labels(self.model)
 
     def observe_request(self, method: str, outcome: str) -> None:
-        """An HTTP request has ended, one of OUTCOMES."""
+        """Count an HTTP request that has ended with one of OUTCOMES."""
         self.requests.labels(self.model, method, outcome).inc()
 
     def observe_choice(self, method: str, totals: StructuredArray, missing: int) -> None:
-        """A reply has ended: its tokens' TOTALS [1], and how many of them are missing."""
+        """Add a choice whose stats are final: its tokens' TOTALS [1], and how many tokens are missing."""
         row = totals[0]
         self.tokens.labels(self.model, method).inc(int(row["tokens"]))
         self.optimized.labels(self.model, method).inc(int(row["optimized"]))
@@ -101,6 +101,6 @@ class Metrics:
             histogram.labels(self.model, method).add(row[f"{name}_counts"], float(row[f"{name}_sum"]))
 
     def observe_worker(self, seconds: float, dropped: int) -> None:
-        """A worker spent so long in the transform, and lost so many records, since it last said so."""
+        """Add the seconds a worker spent in the transform and the stats it lost, since its last message."""
         self.seconds.labels(self.model).inc(seconds)
         self.dropped.labels(self.model).inc(dropped)

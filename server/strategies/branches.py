@@ -84,7 +84,7 @@ class Branch:
         if not self.stats:
             return None
         await self.stats[0].wait()
-        entropy: float | None = summarize(0, self.stats[0].choices, every_token=False)["entropy_before"]
+        entropy: float | None = summarize(0, self.stats[0].choices, per_token=False)["entropy_before"]
         return entropy
 
     def add(self, output: Any, delta: bool, top_logprobs: int) -> None:

@@ -1,19 +1,19 @@
-"""Prometheus metrics of strategies, `em_inf_strategy_*`, on /metrics. Documented in docs/metrics.md, line for line."""
+"""The Prometheus metrics of strategies, `em_inf_strategy_*`. Documented in docs/metrics.md, line for line."""
 
 from collections.abc import Sequence
 
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
 
 HELP = {
-    "branches_started": "Engine requests that strategies have made.",
-    "branches_completed": "Those that came to an end of their own.",
-    "branches_cancelled": "Those that were ended before: by early stop, by a strategy's judgement of them, or because "
+    "branches_started": "Branches started: the engine requests that strategies made.",
+    "branches_completed": "Branches that ran to their end: a stop, or the token limit.",
+    "branches_cancelled": "Branches ended earlier: by early stop, by the strategy for their low confidence, or because "
     "the client went away.",
-    "branches_failed": "Those that the engine gave up.",
-    "branches_running": "Those in the engine now.",
-    "agreement": "Share of the (weighted) votes that the winning answer had, for each request whose strategy votes.",
-    "tokens_saved": "Tokens not generated because branches were cancelled: for each, how much it was shorter than the "
-    "mean of those completed. An estimate.",
+    "branches_failed": "Branches that the engine failed.",
+    "branches_running": "Branches in the engine now.",
+    "agreement": "Share of the (weighted) votes for the winning answer, for each request whose strategy votes.",
+    "tokens_saved": "Estimate of the tokens not generated because branches were cancelled or never started: each "
+    "counts by how much shorter it was than the mean of the request's completed branches.",
 }
 AGREEMENT_BUCKETS = tuple(share / 10 for share in range(1, 11))
 

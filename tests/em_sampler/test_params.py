@@ -106,7 +106,7 @@ def test_errors_name_the_field_the_value_and_the_range(value: Any, field: str, s
         ({"em_inf": 1, "em_inf_steps": 3}, EMInfParams(steps=3)),
         ({"em_inf_method": "adaptive_temperature"}, AdaptiveTemperatureParams()),
         ({"em_inf_method": "none", "em_inf_stats": "summary"}, MeasureParams(stats="summary")),
-        ({"em_inf": {"stats": "tokens"}, "em_report": [1]}, EMInfParams(stats="tokens")),  # not a setting
+        ({"em_inf": {"stats": "tokens"}, "em_return_address": [1]}, EMInfParams(stats="tokens")),  # not a setting
     ],
 )
 def test_extra_args(extra_args: dict[str, Any] | None, params: object) -> None:

@@ -162,7 +162,7 @@ def test_statistics_that_cannot_be_returned_are_refused(
 
 def test_a_client_cannot_choose_where_statistics_go(v1: Server) -> None:
     """The return address in extra_args is the server's alone; what a client puts there is overwritten or ignored."""
-    forged = {"vllm_xargs": {"em_report": ["f" * 32, 1, 0, 1]}}
+    forged = {"vllm_xargs": {"em_return_address": ["f" * 32, 1, 0, 1]}}
     body = {"prompt": UNSURE, "max_tokens": 4, "ignore_eos": True} | forged
     answers = complete(v1, body, body | {"em_inf": EM | {"stats": "tokens"}}, body | {"em_inf": EM})
     assert [tokens(answer) for answer in answers]

@@ -38,9 +38,9 @@ def tally(*choices: list[tuple[float, float, int]]) -> RequestStats:
     """A settled request with these tokens."""
     done = RequestStats(0, "em_inf", len(choices))
     for choice, tokens in zip(done.choices, choices, strict=True):
-        choice.tokens, choice.records = len(tokens), dict(enumerate(tokens))
-        choice.settle()
-    done.settled.set()
+        choice.tokens, choice.by_position = len(tokens), dict(enumerate(tokens))
+        choice.finalize()
+    done.final.set()
     return done
 
 
@@ -90,9 +90,9 @@ def test_a_block_waits_for_its_requests_but_not_for_ever(monkeypatch: pytest.Mon
         waiting = asyncio.create_task(asked.block())
         await asyncio.sleep(0)
         assert not waiting.done()
-        late.choices[0].tokens, late.choices[0].records = 1, {0: (1.0, 0.5, 7)}
-        late.choices[0].settle()
-        late.settled.set()
+        late.choices[0].tokens, late.choices[0].by_position = 1, {0: (1.0, 0.5, 7)}
+        late.choices[0].finalize()
+        late.final.set()
         return await waiting
 
     assert asyncio.run(settle_while_waited_for(RequestStats(0, "em_inf", 1)))[0]["steps"] == 7
