@@ -16,8 +16,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from harness.ports import free_port
 from tests.em_train.support import SMALL, curve, ft, trained, write_outputs, write_prompts
-from tests.ports import free_port
 
 HERE = Path(__file__).parent
 CONFIGS = HERE.parents[1] / "em_train" / "configs"

@@ -12,8 +12,8 @@ import demo
 from em_train.prompts import InputError
 from em_train.sample import sample
 from em_train.settings import SampleSettings, checked
+from harness.ports import free_port
 from tests.em_train.support import ft, trained, write_prompts
-from tests.ports import free_port
 
 
 def settings(prompts: Path, out: Path, **more: Any) -> SampleSettings:

@@ -4,7 +4,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.engine.launch import Server, serve, together
+from harness.launch import together
+from tests.engine.launch import Server, serve
 
 # Small on purpose: long prompts are prefilled in chunks, and more requests than the cache holds are preempted. On the
 # CPU, vLLM 0.32's V1 runner dies where a request with a seed is prefilled in chunks (docs/findings/upstream.md): the

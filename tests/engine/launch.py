@@ -1,57 +1,51 @@
-"""Starts real vLLM processes for the tests: `em-serve` as a user would, and the offline `LLM` in a script."""
+"""What the engine's tests add to harness/launch.py: the choice of vLLM's runner, an API key, clients, and `LLM`."""
 
 import contextlib
 import json
 import os
-import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import httpx
 import openai
-import psutil
 
-from benchmarks.launch import ONE_PROCESS
-from tests.ports import free_port
+from harness import launch
+from harness.launch import EM_SERVE, ONE_PROCESS
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 API_KEY = "test-key"
-START_LIMIT = 240  # seconds; a start takes 25 to 45 on two idle cores
+START_LIMIT_S = 240  # a start takes 25 to 45 on two idle cores
 
 # float32, so that a row's logits do not depend on how many other rows are in the batch by more than 1e-6.
 ENGINE_FLAGS = ("--dtype", "float32", "--max-model-len", "256", "--enable-chunked-prefill")
 
 
-def environment(runner: str, **extra: str) -> dict[str, str]:
-    """The environment of a vLLM process on `runner`: "v1", or "v2" under Triton's interpreter."""
-    chosen = {
-        "HF_HUB_OFFLINE": "1",
-        "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_CPU_KVCACHE_SPACE": "1",
+def runner_variables(runner: str) -> dict[str, str]:
+    """Return the variables that choose `runner`: "v1", or "v2" under Triton's interpreter (site/sitecustomize.py)."""
+    return {
         "VLLM_USE_V2_MODEL_RUNNER": "1" if runner == "v2" else "0",
         "TRITON_INTERPRET": "1" if runner == "v2" else "0",
         "PYTHONPATH": os.pathsep.join([str(HERE / "site"), str(ROOT)]),
     }
-    inherited = {key: value for key, value in os.environ.items() if not key.startswith("VLLM_")}
-    return inherited | chosen | extra
+
+
+def environment(runner: str, **extra: str) -> dict[str, str]:
+    """Return the environment of a vLLM process on `runner`, with `extra` variables."""
+    return launch.environment() | runner_variables(runner) | extra
 
 
 @dataclass(frozen=True)
-class Server:
-    """A running em-serve."""
+class Server(launch.Server):
+    """A running em-serve on one of vLLM's runners."""
 
-    url: str
     runner: str
-    log: Path
-    pid: int
 
     @property
     def client(self) -> openai.OpenAI:
@@ -69,20 +63,20 @@ class Server:
         return httpx.AsyncClient(base_url=self.url, headers={"Authorization": f"Bearer {API_KEY}"}, timeout=300)
 
     def metric(self, name: str, **labels: str) -> float:
-        """Sum of a metric's series with these labels."""
+        """Return the sum of a metric's series that have these labels."""
         lines = httpx.get(f"{self.url}/metrics", timeout=30).text.splitlines()
         series = [line for line in lines if line.startswith((name + "{", name + " "))]
         wanted = [f'{label}="{value}"' for label, value in labels.items()]
         return sum(float(line.split()[-1]) for line in series if all(label in line for label in wanted))
 
     def memory(self) -> dict[str, int]:
-        """Resident bytes of the server's process ("server") and of those below it."""
-        process = psutil.Process(self.pid)
-        children = {f"{child.pid} {child.cmdline()[-1]}": child for child in process.children(recursive=True)}
-        return {name: each.memory_info().rss for name, each in ({"server": process} | children).items()}
+        """Return resident bytes: of the server's main process ("server"), and of each process below it."""
+        server, *children = self.processes()
+        named = {"server": server} | {f"{child.pid} {child.cmdline()[-1]}": child for child in children}
+        return {name: process.memory_info().rss for name, process in named.items()}
 
     def until(self, true: Callable[[], bool], limit: float = 60) -> None:
-        """Wait for what the server does after it has answered."""
+        """Wait, at most `limit` seconds, for something that the server does after its response."""
         deadline = time.monotonic() + limit
         while not true():
             assert time.monotonic() < deadline, "it did not come true"
@@ -91,74 +85,38 @@ class Server:
 
 @contextlib.contextmanager
 def serve(*flags: str, runner: str = "v1", executor: str = "uni", **env: str) -> Iterator[Server]:
-    """em-serve with `flags` and environment variables, until the block ends; for `executor` see `started`."""
-    port = free_port()
-    address = ("--host", "127.0.0.1", "--port", str(port), "--api-key", API_KEY)
-    with started(*flags, *address, runner=runner, executor=executor, **env) as (process, log):
-        server = Server(f"http://127.0.0.1:{port}", runner, log, process.pid)
-        _wait(server, process)
-        yield server
+    """Run em-serve with `flags` and environment variables until the block ends; `executor`: see harness/launch.py."""
+    command, log, variables = _em_serve(flags), _log_file(), runner_variables(runner) | env
+    with launch.serve(
+        *command, "--api-key", API_KEY, log=log, executor=executor, env=variables, limit_s=START_LIMIT_S
+    ) as server:
+        yield Server(server.url, server.log, server.pid, runner)
 
 
 @contextlib.contextmanager
-def together(*servers: contextlib.AbstractContextManager[Server]) -> Iterator[list[Server]]:
-    """The servers of some `serve`, which start at the same time: most of a start is imports, on one core."""
-    with contextlib.ExitStack() as stack, ThreadPoolExecutor() as pool:
-        yield list(pool.map(stack.enter_context, servers))
+def started(*flags: str, runner: str = "v1", executor: str = "uni", **env: str) -> Iterator[None]:
+    """Run em-serve with `flags` until the block ends, without waiting until it serves: a headless one never does."""
+    variables = runner_variables(runner) | env
+    with launch.started(*_em_serve(flags), log=_log_file(), executor=executor, env=variables):
+        yield
 
 
-@contextlib.contextmanager
-def started(
-    *flags: str, runner: str = "v1", executor: str = "uni", **env: str
-) -> Iterator[tuple[subprocess.Popen[bytes], Path]]:
-    """The process of an em-serve, and its log; whether it serves is not looked at.
-
-    Args:
-        executor: "uni" runs the model in the engine's process. "mp" is vLLM's default on the CPU: a process of its own,
-            and both spin for each other, so that under load clients and server wait for seconds on two cores.
-    """
-    if executor == "uni":
-        flags, env = (*flags, "--distributed-executor-backend", "uni"), ONE_PROCESS | env
+def _em_serve(flags: tuple[str, ...]) -> list[str]:
     model = flags[:1] if flags and not flags[0].startswith("-") else ()  # vLLM wants it first
-    log = Path(tempfile.mkstemp(prefix="em-serve-", suffix=".log")[1])
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "server.cli", *model, *ENGINE_FLAGS, *flags[len(model) :]],
-            env=environment(runner, **env),
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-    try:
-        yield process, log
-    finally:
-        _stop(process)
+    return [*EM_SERVE, *model, *ENGINE_FLAGS, *flags[len(model) :]]
 
 
-def _wait(server: Server, process: subprocess.Popen[bytes]) -> None:
-    deadline = time.monotonic() + START_LIMIT
-    while time.monotonic() < deadline and process.poll() is None:
-        with contextlib.suppress(httpx.TransportError):
-            if httpx.get(f"{server.url}/health", timeout=5).status_code == 200:
-                return
-        time.sleep(0.5)
-    raise RuntimeError(f"em-serve did not start:\n{server.log.read_text(errors='replace')[-4000:]}")
-
-
-def _stop(process: subprocess.Popen[bytes]) -> None:
-    """The server and all it started: its process group is its own."""
-    process.terminate()
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(20)
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+def _log_file() -> Path:
+    with tempfile.NamedTemporaryFile(prefix="em-serve-", suffix=".log", delete=False) as file:
+        return Path(file.name)
 
 
 def offline(requests: list[dict[str, Any]], runner: str, with_plugin: bool) -> list[Any]:
-    """Answers of vLLM's offline `LLM` to `requests` (see offline.py): token ids, or an error's text."""
-    extra = {} if with_plugin else ONE_PROCESS | {"EM_INF_HIDDEN": "1"}  # else as a user's script, in two processes
+    """Return what vLLM's offline `LLM` answers to `requests` (see offline.py): token ids, or an error's text.
+
+    With the plugin it runs as a user's script does, in two processes; without, in one.
+    """
+    extra = {} if with_plugin else ONE_PROCESS | {"EM_INF_HIDDEN": "1"}
     with tempfile.TemporaryDirectory() as folder:
         inbox, outbox = Path(folder, "in.json"), Path(folder, "out.json")
         inbox.write_text(json.dumps(requests))

@@ -1,6 +1,7 @@
-"""A user's script: vLLM's offline `LLM` on the demo model. Run by launch.py: offline.py REQUESTS.json ANSWERS.json.
+"""vLLM's offline `LLM` on the demo model, as in a user's script: offline.py REQUESTS.json ANSWERS.json.
 
-A request is {"prompt": ..., "params": {...}}; one at a time, so that the batch is no part of the answer.
+launch.py runs it. A request is {"prompt": ..., "params": {...}}; they run one at a time, so that no answer depends on
+the other requests of a batch.
 """
 
 import json
@@ -9,6 +10,7 @@ from pathlib import Path
 
 
 def main(inbox: str, outbox: str) -> None:
+    """Answer the requests of the file `inbox` into the file `outbox`: token ids, or an error's text."""
     from vllm import LLM, SamplingParams
 
     import demo

@@ -15,9 +15,9 @@ from typing import Any
 import httpx
 import pytest
 
+from harness.ports import free_port
 from tests.engine.launch import Server
 from tests.engine.support import ADAPTIVE, EM, UNSURE, post
-from tests.ports import free_port
 
 BIN = Path(sys.executable).parent
 PROMETHEUS, PROMTOOL = (shutil.which(tool, path=BIN) or shutil.which(tool) for tool in ("prometheus", "promtool"))

@@ -17,9 +17,10 @@ import httpx
 import openai
 import pytest
 
+from harness.launch import together
+from harness.ports import free_port
 from tests.engine.drain import stops_in_good_order
-from tests.engine.launch import API_KEY, ROOT, Server, serve, together
-from tests.ports import free_port
+from tests.engine.launch import API_KEY, ROOT, Server, serve
 
 HAPROXY = shutil.which("haproxy", path=Path(sys.executable).parent) or shutil.which("haproxy")
 DRAIN = ("--shutdown-timeout", "60")

@@ -14,12 +14,13 @@ from typing import Any
 import openai
 import pytest
 
+from harness.launch import together
+from harness.ports import free_port
 from tests.engine.drain import stops_in_good_order
-from tests.engine.launch import ENGINE_FLAGS, START_LIMIT, Server, environment, serve, started, together
+from tests.engine.launch import ENGINE_FLAGS, START_LIMIT_S, Server, environment, serve, started
 from tests.engine.prometheus import counters_are_the_sums_over_the_replies, needs_prometheus
 from tests.engine.support import ALL_LOGPROBS, CAPPED, EM, check
 from tests.engine.support import complete as complete_all
-from tests.ports import free_port
 
 pytestmark = pytest.mark.engine
 
@@ -68,7 +69,7 @@ def test_an_operators_default_and_cap_in_every_api_server(several: Server) -> No
 @needs_prometheus
 def test_data_parallel_engines_of_two_machines_report_to_the_server_that_asked(tmp_path: Path) -> None:
     """The second engine is another em-serve's, which has no API server and meets the first by TCP alone."""
-    statistics, meeting = free_port(together=2), str(free_port())
+    statistics, meeting = free_port(consecutive=2), str(free_port())
     both = ("--em-inf-statistics-address", f"127.0.0.1:{statistics}", "--shutdown-timeout", "60")
     both += ("--data-parallel-size", "2", "--data-parallel-size-local", "1")
     both += ("--data-parallel-address", "127.0.0.1", "--data-parallel-rpc-port", meeting)
@@ -157,7 +158,7 @@ def test_what_cannot_work_stops_the_start_with_one_line() -> None:
             env=environment("v1", **case[1]),
             capture_output=True,
             text=True,
-            timeout=START_LIMIT,
+            timeout=START_LIMIT_S,
             check=False,
         )
 

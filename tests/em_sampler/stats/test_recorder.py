@@ -36,8 +36,8 @@ from em_sampler.stats.wire import (
     unpack,
 )
 from em_sampler.transforms.batch import TransformOutput
+from harness.ports import free_port
 from server.stats.collector import ChoiceStats
-from tests.ports import free_port
 
 CPU, NAN = torch.device("cpu"), math.nan
 DEVICE = torch.device(os.environ.get("EM_TEST_DEVICE", "cpu"))  # benchmarks/gpu.sh asks for "cuda"
@@ -583,7 +583,7 @@ def test_a_path_is_measured_in_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "[::1]"])
 def test_api_servers_on_another_machine_have_a_port_each(host: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    address = f"{host}:{free_port(together=2)}"
+    address = f"{host}:{free_port(consecutive=2)}"
     monkeypatch.setenv(ADDRESS_ENV, address)
     monkeypatch.setenv(SOCKET_DIR_ENV, "/nowhere")  # em-serve makes one anyway
     with server(f"tcp://{address}", ONE) as one, server(f"tcp://{address}", OTHER) as other:

@@ -1,7 +1,7 @@
-"""Run by every process that vLLM starts with this folder on PYTHONPATH; changes nothing unless a variable asks for it.
+"""Python runs this in every process that has this folder on PYTHONPATH; it changes nothing unless a variable asks.
 
-TRITON_INTERPRET=1: a Triton "cpu" backend is found, so that the V2 model runner runs under Triton's interpreter.
-EM_INF_HIDDEN=1: the plugin's entry point is not found, as if the package were not installed.
+TRITON_INTERPRET=1: adds a Triton backend "cpu", so that the V2 model runner runs under Triton's interpreter.
+EM_INF_HIDDEN=1: hides the plugin's entry points.
 """
 
 import os
@@ -32,11 +32,6 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     InterpreterBuilder.create_masked_store = masked_store
 
 if os.environ.get("EM_INF_HIDDEN") == "1":
-    from importlib import metadata
+    from harness.hidden_plugin import hide_plugin
 
-    find = metadata.entry_points
-
-    def without_ours(**wanted):  # type: ignore[no-untyped-def]
-        return metadata.EntryPoints(e for e in find(**wanted) if e.name != "em_inf") if wanted else find()
-
-    metadata.entry_points = without_ours
+    hide_plugin()

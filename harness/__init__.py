@@ -1,0 +1,1 @@
+"""Starts em-serve and stock vLLM as child processes for tests, benchmarks and examples. It is not shipped."""
