@@ -1,13 +1,15 @@
-# em-inf-server in two images: docs/images.md. Each RUN is one of scripts/image-*.sh, which the tests run too.
+# em-inf-server as two images (docs/images.md). Each RUN is one of scripts/image-*.sh, which the tests run too.
 #
-#   docker build --target cpu --tag em-inf-server:cpu .      vLLM's CPU build, as `make serve` has it
+#   docker build --target cpu --tag em-inf-server:cpu .      vLLM's CPU build, at the versions of `make serve`
 #   docker build --target cuda --tag em-inf-server:cuda .    vLLM's own image, with this project added
+#
+# scripts/image-build.sh does the same and sets VERSION, from pyproject.toml, and REVISION, the commit.
 
 ARG PYTHON_IMAGE=python:3.11.15-slim-bookworm
 # The newest release that `make compat` has checked.
 ARG VLLM_IMAGE=vllm/vllm-openai:v0.33.0
 
-# What of this repository is installed, and how.
+# The files of this repository that both images install, with the scripts that install them.
 FROM scratch AS source
 COPY scripts/image-project.sh scripts/pinned.sh /scripts/
 COPY requirements/cpu.lock requirements/cuda.lock /requirements/
@@ -19,7 +21,7 @@ COPY server /server
 COPY loadtest /loadtest
 COPY demo /demo
 
-# Packages first: they take minutes and seldom change.
+# Packages first: they take minutes to install and seldom change.
 FROM ${PYTHON_IMAGE} AS cpu-build
 WORKDIR /src
 COPY scripts/image-packages.sh scripts/pinned.sh scripts/
@@ -32,13 +34,14 @@ FROM ${PYTHON_IMAGE} AS cpu
 COPY scripts/image-system.sh /usr/local/sbin/
 RUN ["image-system.sh", "libnuma1"]
 COPY --from=cpu-build /opt/em /opt/em
-# There is no compiler here, so what torch would compile has to run as it is written: vLLM takes both for that.
+# This image has no compiler: vLLM needs both variables to run as plain Python what torch would otherwise compile.
 ENV PATH=/opt/em/bin:$PATH TORCHDYNAMO_DISABLE=1 VLLM_USE_AOT_COMPILE=0
 ENV PYTHONUNBUFFERED=1 HOME=/home/em HF_HOME=/models VLLM_NO_USAGE_STATS=1 DO_NOT_TRACK=1
+ARG VERSION=unknown
 ARG REVISION=unknown
 LABEL org.opencontainers.image.title="em-inf-server" \
       org.opencontainers.image.description="vLLM's OpenAI-compatible server with entropy minimisation, on the CPU" \
-      org.opencontainers.image.version="0.1.0" \
+      org.opencontainers.image.version="${VERSION}" \
       org.opencontainers.image.revision="${REVISION}" \
       org.opencontainers.image.licenses="Apache-2.0"
 WORKDIR /home/em
@@ -55,13 +58,14 @@ COPY scripts/image-system.sh /usr/local/sbin/
 RUN ["image-system.sh"]
 COPY --from=source / /opt/em-inf-server
 RUN ["/opt/em-inf-server/scripts/image-project.sh", "python3", "cuda"]
-# What torch compiles is loaded from there; a /tmp that is mounted apart often forbids it.
+# torch loads compiled code from this folder. Its default is under /tmp, which is often mounted noexec.
 ENV TORCHINDUCTOR_CACHE_DIR=/home/em/.cache/torchinductor
 ENV PYTHONUNBUFFERED=1 HOME=/home/em HF_HOME=/models VLLM_NO_USAGE_STATS=1 DO_NOT_TRACK=1
+ARG VERSION=unknown
 ARG REVISION=unknown
 LABEL org.opencontainers.image.title="em-inf-server" \
       org.opencontainers.image.description="vLLM's OpenAI-compatible server with entropy minimisation, on CUDA" \
-      org.opencontainers.image.version="0.1.0" \
+      org.opencontainers.image.version="${VERSION}" \
       org.opencontainers.image.revision="${REVISION}" \
       org.opencontainers.image.licenses="Apache-2.0"
 WORKDIR /home/em

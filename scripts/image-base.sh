@@ -1,6 +1,6 @@
 #!/bin/sh
-# image-base.sh NAME: makes the image NAME, a stand-in for PYTHON_IMAGE where no registry can be reached: Debian 12 and its
-# Python 3.11, by debootstrap. BUILDER as in image-build.sh. Needs root.
+# image-base.sh NAME: build the image NAME, a replacement for PYTHON_IMAGE on machines that reach no image registry: Debian 12
+# and its Python 3.11, made by debootstrap. BUILDER is a program with docker's `build` command. Needs root.
 set -eu
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT

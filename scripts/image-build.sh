@@ -1,6 +1,7 @@
 #!/bin/sh
-# image-build.sh cpu|cuda [FLAG...]: builds em-inf-server:cpu or em-inf-server:cuda with BUILDER, or else with the first of
-# docker, podman and buildah that is here. FLAGs go to its `build`: docs/images.md has those of a machine without a registry.
+# image-build.sh cpu|cuda [FLAG...]: build em-inf-server:cpu or em-inf-server:cuda, labelled with the version and the commit.
+# BUILDER chooses the program; the default is the first of docker, podman and buildah that is installed. FLAGS are passed to
+# its `build`; docs/images.md lists those for a machine without an image registry.
 set -eu
 cd "$(dirname "$0")/.."
 target=$1 && shift
@@ -10,7 +11,8 @@ for found in ${BUILDER:-docker podman buildah}; do
 done
 case $found in
 docker) ;;
-*) set -- --format docker "$@" ;; # the other format has no place for a HEALTHCHECK
+*) set -- --format docker "$@" ;; # the OCI format, their default, has no HEALTHCHECK
 esac
 "$found" build --target "$target" --tag "em-inf-server:$target" \
+    --build-arg "VERSION=$(sed -n 's/^version = "\([^"]*\)".*/\1/p' pyproject.toml)" \
     --build-arg "REVISION=$(git rev-parse HEAD 2>/dev/null || echo unknown)" "$@" .

@@ -1,6 +1,7 @@
 #!/bin/sh
-# image-check.sh IMAGE [FLAG...]: serves the demo model from IMAGE as production would, without a network, a capability or
-# a writable root, and looks at what an operator relies on. BUILDER is docker or podman; FLAGS go to its `run`.
+# image-check.sh IMAGE [FLAG...]: serve the demo model from IMAGE as in production (no network, no capabilities, a read-only
+# root) and check startup, one completion, the rights of the process, HEALTHCHECK and shutdown. BUILDER is docker or podman;
+# FLAGS are passed to its `run`.
 set -eu
 image=$1 && shift
 engine=${BUILDER:-docker}
@@ -26,10 +27,10 @@ from urllib.request import *
 
 body = {"model": "demo", "messages": [{"role": "user", "content": "12+7*3-4"}], "temperature": 1, "seed": 1,
         "em_inf": {"threshold": 0.3, "stats": "summary"}}
-reply = json.load(urlopen(Request("http://127.0.0.1:8000/v1/chat/completions", json.dumps(body).encode(),
-                                  {"Content-Type": "application/json"})))
-print(reply["choices"][0]["message"]["content"].split()[-1], reply["em_inf"])
-assert reply["em_inf"][0]["tokens"] and not reply["em_inf"][0]["missing"]' || die "no completion"
+response = json.load(urlopen(Request("http://127.0.0.1:8000/v1/chat/completions", json.dumps(body).encode(),
+                                     {"Content-Type": "application/json"})))
+print(response["choices"][0]["message"]["content"].split()[-1], response["em_inf"])
+assert response["em_inf"][0]["tokens"] and not response["em_inf"][0]["missing"]' || die "no completion, or stats are missing"
 
 inside 'import os
 status = dict(line.split(":", 1) for line in open("/proc/1/status"))
@@ -38,15 +39,15 @@ print("process 1:", open("/proc/1/cmdline").read().replace("\0", " "), "user", *
 assert os.getuid() == 10001 and int(status["CapEff"], 16) == 0
 try: open("/opt/x", "w")
 except OSError as error: print("root:", error.strerror)
-else: raise SystemExit("the root can be written to")' || die "more rights than it needs"
+else: raise SystemExit("the root is writable")' || die "the process has more rights than it needs"
 
 case $engine in
-podman) podman healthcheck run "$container" || die "unhealthy" ;;
+podman) podman healthcheck run "$container" || die "HEALTHCHECK fails" ;;
 *) until [ "$(state Health.Status)" = healthy ]; do sleep 1; done ;;
 esac
 echo "HEALTHCHECK: healthy"
 
 start=$(date +%s)
-"$engine" stop --time 60 "$container" >/dev/null # SIGTERM, and SIGKILL a minute later
+"$engine" stop --time 60 "$container" >/dev/null # SIGTERM; SIGKILL after 60 s
 [ "$(state ExitCode)" = 0 ] || die "exit code $(state ExitCode)"
-echo "SIGTERM: ended after $(seconds) s, exit code 0"
+echo "SIGTERM: exited after $(seconds) s, exit code 0"

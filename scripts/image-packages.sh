@@ -1,7 +1,7 @@
 #!/bin/sh
-# image-packages.sh VENV BUILD [dev]: makes the virtual environment VENV and installs what requirements/ pin for BUILD (cpu
-# or cuda); with `dev`, the tools of a checkout too. A step of the Dockerfile and of scripts/install.sh. The environment
-# goes by PYTHON, if it is set.
+# image-packages.sh VENV BUILD [dev]: make the virtual environment VENV and install the packages that requirements/ pin for
+# BUILD (cpu or cuda); with `dev`, the development tools too. A step of the Dockerfile and of scripts/install.sh. PYTHON
+# chooses the interpreter of a new environment (default: python3).
 set -eu
 cd "$(dirname "$0")/.."
 venv=$1 build=$2 dev=${3:-}
@@ -11,11 +11,11 @@ pip() { "$venv/bin/python" -m pip --disable-pip-version-check install -qq --no-d
 [ -x "$venv/bin/pip" ] || "${PYTHON:-python3}" -m venv "$venv"
 locks="-r requirements/$build.lock"
 [ -z "$dev" ] || locks="$locks -r requirements/$build-dev.lock"
-# shellcheck disable=SC2086 # several arguments
+# shellcheck disable=SC2086 # $locks is several arguments
 pip --require-hashes --only-binary :all: $locks
 
 if [ "$build" = cpu ]; then
-    # pip has this wheel only where it is configured with a source of it; uv knows PyTorch's own index.
+    # pip finds this wheel only if it is configured with an index that has it; uv knows PyTorch's own index.
     pip -r requirements/torch-cpu.txt 2>/dev/null || {
         tools=$(mktemp -d)
         trap 'rm -rf "$tools"' EXIT

