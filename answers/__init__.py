@@ -1,1 +1,1 @@
-"""The answer in a model's reply (`extract`) and votes over answers (`vote`). Text alone: pydantic and RE2 are all it needs."""
+"""The answer in a model's reply (`extract`) and votes over answers (`vote`). Needs pydantic and RE2 alone."""

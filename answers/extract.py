@@ -85,7 +85,7 @@ def _compile(pattern: str) -> Any:
 
 
 def _last_box(reply: str) -> str | None:
-    """Return the content of the last complete `\\boxed{...}` with balanced braces. Takes linear time."""
+    r"""Return the content of the last complete `\boxed{...}` with balanced braces. Takes linear time."""
     opened: list[int | None] = []  # where a box's content begins; None for other braces
     begin, end = -1, -1
     for brace in _BRACE.finditer(reply):
@@ -105,7 +105,7 @@ def _without_decoration(text: str) -> str:
 
 
 def _number_value(text: str) -> str | None:
-    """Return a number's exact value, None for other text: `0.50`, `1/2` and `\\frac{1}{2}` all give `0.5`."""
+    r"""Return a number's exact value, None for other text: `0.50`, `1/2` and `\frac{1}{2}` all give `0.5`."""
     if len(text) > 4 * MAX_DIGITS:
         return None
     text = _without_decoration(text).replace(" ", "")

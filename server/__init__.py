@@ -1,1 +1,1 @@
-"""The OpenAI-compatible face: stock vLLM's server with `em_inf` on its requests."""
+"""The OpenAI-compatible server: stock vLLM's server with the fields `em_inf` and `strategy` on its requests."""

@@ -1,22 +1,22 @@
-"""What limits how much work is admitted: branches in flight, over all requests of this process."""
+"""Admission control: how many branches may be in flight in this process, over all requests."""
 
 
 class TooManyBranchesError(Exception):
-    """More branches than the server has left."""
+    """A request needs more branches than are free now."""
 
 
 class BranchLimit:
-    """How many branches may be in flight in this process, over all requests."""
+    """The number of branches that requests have reserved, at most `limit`. Used on the event loop alone, so no lock."""
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self.taken = 0
 
     def acquire(self, branches: int) -> None:
-        """Take `branches` of the limit.
+        """Reserve `branches`.
 
         Raises:
-            TooManyBranchesError: if fewer are left.
+            TooManyBranchesError: if fewer are free.
         """
         if self.taken + branches > self.limit:
             free = self.limit - self.taken
@@ -24,5 +24,5 @@ class BranchLimit:
         self.taken += branches
 
     def release(self, branches: int) -> None:
-        """Give back what `acquire` took."""
+        """Return `branches` that `acquire` reserved."""
         self.taken -= branches

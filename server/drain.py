@@ -1,7 +1,7 @@
-"""Ending in good order: when the server is told to stop, requests in flight are answered and new ones are refused.
+"""Graceful shutdown: after SIGTERM, running requests are answered to their last byte and new ones are refused.
 
-vLLM's own drain goes on accepting HTTP requests, which its engine then aborts, and cuts off what has no engine request
-at that moment: a strategy between two of its branches, a reply that waits for its statistics.
+vLLM's own drain keeps accepting HTTP requests, which its engine then aborts, and cuts off requests that have no engine
+request at that moment: a strategy between two branches, a response that waits for its stats.
 """
 
 import asyncio
@@ -9,62 +9,53 @@ import contextlib
 import threading
 import time
 from collections.abc import Iterator
-from http import HTTPStatus
 from typing import Any
 
-from starlette.responses import Response
-
-from server.errors import error_response
-
-ENGINE_SHUTDOWN_S = 5.0  # seconds that the engine's processes have to end, when the drain has used up its time
+ENGINE_SHUTDOWN_S = 5.0  # time left to the engine's processes if the drain has used up the timeout
 
 
 class Drain:
-    """The requests in flight on this API server, and whether it takes new ones; one lock: none slips through."""
+    """A count of the requests in flight on this API server, and whether new ones are accepted.
+
+    One lock guards both, so that no request slips in between the last look at the count and the shutdown.
+    """
 
     def __init__(self) -> None:
         self.draining = False
-        self.requests = 0
+        self.in_flight = 0
         self.changed = threading.Condition()
 
     @contextlib.contextmanager
-    def request(self) -> Iterator[bool]:
-        """A request from its first byte to its reply's last; yields whether it may be answered."""
+    def admit(self) -> Iterator[bool]:
+        """Count a request as in flight inside the context; yield False, uncounted, if the server is draining."""
         with self.changed:
             admitted = not self.draining
-            self.requests += admitted
+            self.in_flight += admitted
         try:
             yield admitted
         finally:
             with self.changed:
-                self.requests -= admitted
+                self.in_flight -= admitted
                 self.changed.notify_all()
 
-    def run(self, timeout: float) -> None:
-        """Refuse new requests, and wait at most `timeout` seconds for those in flight."""
+    def run(self, timeout_s: float) -> None:
+        """Refuse new requests and wait at most `timeout_s` for those in flight. Blocks the calling thread."""
         with self.changed:
             self.draining = True
-            self.changed.wait_for(lambda: self.requests == 0, timeout)
+            self.changed.wait_for(lambda: self.in_flight == 0, timeout_s)
 
 
 def drain_before_shutdown(engine_client: Any, drain: Drain) -> None:
-    """Make vLLM's `engine_client.shutdown`, called on SIGTERM with --shutdown-timeout, drain this server first."""
+    """Make `engine_client.shutdown` drain this server first: vLLM calls it on SIGTERM, with --shutdown-timeout."""
     shutdown = engine_client.shutdown
 
-    def drained(timeout: float | None = None) -> None:
+    def drain_and_shut_down(timeout: float | None = None) -> None:
         deadline = time.monotonic() + (timeout or 0)
-        # On the event loop, as when the start fails, a wait would hold up what it waits for.
+        # vLLM calls this on the event loop if the start fails: waiting there would block the requests waited for.
         drain.run(0 if _on_event_loop() else timeout or 0)
         shutdown(timeout=max(deadline - time.monotonic(), ENGINE_SHUTDOWN_S) if timeout else timeout)
 
-    engine_client.shutdown = drained
-
-
-def shutting_down_response() -> Response:
-    """Make the 503 for a request that comes too late; `Connection: close` sends the client's next one elsewhere."""
-    message = "this server is shutting down: send the request again"
-    headers = {"Retry-After": "1", "Connection": "close"}
-    return error_response(HTTPStatus.SERVICE_UNAVAILABLE, message, None, headers)
+    engine_client.shutdown = drain_and_shut_down
 
 
 def _on_event_loop() -> bool:

@@ -1,27 +1,49 @@
-"""Errors that this server answers itself, in OpenAI's shape."""
+"""Errors of this server in OpenAI's shape: exceptions that vLLM's handlers answer, and responses for what they cannot.
+
+Contract: docs/http.md, "Errors".
+"""
 
 from collections.abc import Mapping
 from http import HTTPStatus
 
-from starlette.requests import Request
+from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 from vllm.exceptions import VLLMValidationError
 
 from em_sampler.validation import ParamsError
+from server.strategies.registry import STRATEGY_KEY
 
-
-def error_response(status: HTTPStatus, message: str, param: str | None, headers: Mapping[str, str]) -> JSONResponse:
-    """Make the response for an error that vLLM has no handler for."""
-    content = {"message": message, "type": status.phrase, "param": param, "code": status.value}
-    return JSONResponse({"error": content}, status.value, headers=headers)
+RETRY_AFTER_S = "1"
 
 
 def bad_request(error: ParamsError) -> VLLMValidationError:
-    """Make the exception that vLLM answers with 400, naming the field."""
+    """Make the exception that vLLM answers with 400; `param` in the body names the field."""
     return VLLMValidationError(str(error), parameter=error.field)
 
 
-def unsupported_field(raw_request: Request, field: str, reason: str) -> VLLMValidationError:
-    """Make the exception (400) for a field that the request's route would ignore."""
-    message = f"{field} is not supported on {raw_request.url.path}: {reason}"
-    return VLLMValidationError(message, parameter=f"body.{field}")
+def unsupported_field(path: str, field: str, reason: str) -> VLLMValidationError:
+    """Make the exception (400) for a field that the route at `path` would ignore."""
+    return VLLMValidationError(f"{field} is not supported on {path}: {reason}", parameter=f"body.{field}")
+
+
+def unreadable_body(error: HTTPException) -> VLLMValidationError:
+    """Make the exception (400) for a body that FastAPI could not parse."""
+    return VLLMValidationError(error.detail, parameter="body")
+
+
+def too_many_branches(message: str) -> JSONResponse:
+    """Make the 429 for a request whose strategy needs more branches than are free."""
+    headers = {"Retry-After": RETRY_AFTER_S}
+    return _error_response(HTTPStatus.TOO_MANY_REQUESTS, message, f"body.{STRATEGY_KEY}", headers)
+
+
+def shutting_down() -> JSONResponse:
+    """Make the 503 for a request after SIGTERM; `Connection: close` makes the client's next one go elsewhere."""
+    message = "this server is shutting down: send the request again"
+    headers = {"Retry-After": RETRY_AFTER_S, "Connection": "close"}
+    return _error_response(HTTPStatus.SERVICE_UNAVAILABLE, message, None, headers)
+
+
+def _error_response(status: HTTPStatus, message: str, param: str | None, headers: Mapping[str, str]) -> JSONResponse:
+    content = {"message": message, "type": status.phrase, "param": param, "code": status.value}
+    return JSONResponse({"error": content}, status.value, headers)

@@ -1,119 +1,139 @@
-"""What happens to one sampling request: its settings checked, vLLM's handler called, stats and strategy in the reply.
+"""One sampling request: check our fields, call vLLM's handler, add stats and strategy to the response.
 
-Routes are in endpoints.py, the fields in protocol.py, the reply in response.py.
+Routes are in endpoints.py, the fields in protocol.py, what is added to a response in response.py.
 """
 
-import functools
-import inspect
 import time
 from asyncio import CancelledError
 from collections.abc import Awaitable, Callable
-from http import HTTPStatus
+from functools import partial
 from typing import Any, get_type_hints
 
 from fastapi import Request
-from starlette.responses import Response
 from vllm.exceptions import VLLMClientError
 
 from em_sampler.params import Params
 from em_sampler.validation import ParamsError
 from server.admission import TooManyBranchesError
 from server.engine import request_stats_var, strategy_run_var
-from server.errors import bad_request, error_response, unsupported_field
-from server.protocol import Settings, apply_em_inf, chosen_strategy, with_our_fields
-from server.response import Outcome, ReplyStatistics, with_statistics
+from server.errors import bad_request, too_many_branches, unsupported_field
+from server.protocol import CHAT_ROUTE, COMPLETIONS_ROUTE, apply_em_inf, resolve_strategy, with_our_fields
+from server.response import OnOutcome, ResponseExtras, with_extras
 from server.stats.metrics import UNKNOWN_METHOD, Metrics
 from server.strategies.registry import STRATEGY_KEY
 from server.strategies.run import StrategyRun
 
-CHAT_ROUTE = "/v1/chat/completions"  # the one with strategies
-RETRY_AFTER_S = "1"
+VLLMHandler = Callable[[Any, Request], Awaitable[Any]]
 
 
-def with_em_inf(endpoint: Callable[..., Any], is_chat: bool) -> Callable[..., Any]:
-    """vLLM's handler `(request, raw_request)` with our fields on its request model."""
-    model = with_our_fields(get_type_hints(endpoint)["request"], strategies=is_chat)
+def with_em_inf(vllm_handler: VLLMHandler, route: str) -> VLLMHandler:
+    """Return the handler of `route`: it wraps vLLM's, with our fields on the request model."""
+    model = with_our_fields(get_type_hints(vllm_handler)["request"], strategies=route == CHAT_ROUTE)
 
-    @functools.wraps(endpoint)
-    async def handler(request: Any, raw_request: Request) -> Any:
-        settings: Settings = raw_request.app.state.em_inf
-        metrics: Metrics = raw_request.app.state.em_inf_metrics
-        try:
-            params = apply_em_inf(request, settings)
-        except ParamsError as error:
-            metrics.observe_request(UNKNOWN_METHOD, "rejected")
-            raise bad_request(error) from None
-        if not is_chat and getattr(request, STRATEGY_KEY, None) is not None:
-            raise unsupported_field(raw_request, STRATEGY_KEY, f"use {CHAT_ROUTE}")
-        try:
-            run = _strategy_run(request, raw_request, params) if is_chat and request.strategy is not None else None
-        except TooManyBranchesError as error:
-            return _too_many_branches(error)
-        if params is None and run is None:
-            return await endpoint(request, raw_request)
-        statistics = ReplyStatistics(params.stats if params else "none", raw_request.url.path == "/v1/completions", run)
-        request_stats_var.set(statistics.tallies)
-        strategy_run_var.set(run)
+    async def handler(request: model, raw_request: Request) -> Any:  # type: ignore[valid-type]  # FastAPI reads it
+        return await _handle(vllm_handler, route, request, raw_request)
 
-        def ended(outcome: str) -> None:
-            if params:
-                metrics.observe_request(params.method, outcome)
-            if run:
-                run.close()
-
-        return await _with_outcome(endpoint(request, raw_request), statistics, ended)
-
-    parameters = inspect.signature(endpoint).parameters
-    typed = [parameters["request"].replace(annotation=model), parameters["raw_request"].replace(annotation=Request)]
-    handler.__signature__ = inspect.Signature(typed)  # type: ignore[attr-defined]
+    handler.__doc__ = vllm_handler.__doc__  # OpenAPI's description of the route
     return handler
 
 
-def _strategy_run(request: Any, raw_request: Request, params: Params | None) -> StrategyRun | None:
-    """The request's strategy, its places taken."""
+async def _handle(vllm_handler: VLLMHandler, route: str, request: Any, raw_request: Request) -> Any:
+    """Answer one request.
+
+    Raises:
+        VLLMValidationError: (400) if the settings are wrong or cannot work with this request.
+    """
+    params = _apply_em_inf(request, raw_request)
+    if route != CHAT_ROUTE and getattr(request, STRATEGY_KEY, None) is not None:
+        raise unsupported_field(raw_request.url.path, STRATEGY_KEY, f"use {CHAT_ROUTE}")
+    try:
+        run = _reserve_strategy(request, raw_request, params) if route == CHAT_ROUTE else None
+    except TooManyBranchesError as error:
+        return too_many_branches(str(error))
+    if params is None and run is None:
+        return await vllm_handler(request, raw_request)
+    stats = params.stats if params else "none"
+    extras = ResponseExtras(stats, one_choice_set_per_prompt=route == COMPLETIONS_ROUTE, run=run)
+    request_stats_var.set(extras.request_stats)
+    strategy_run_var.set(run)
+    on_outcome = partial(_finish, raw_request.app.state.em_inf_metrics, params, run)
+    return await _with_outcome(vllm_handler(request, raw_request), extras, on_outcome)
+
+
+def _apply_em_inf(request: Any, raw_request: Request) -> Params | None:
+    """Resolve the request's `em_inf`; a refused one is counted here, with the method unknown."""
     state = raw_request.app.state
     try:
-        strategy = chosen_strategy(request, params, state.em_inf)
+        return apply_em_inf(request, state.em_inf)
+    except ParamsError as error:
+        state.em_inf_metrics.observe_request(UNKNOWN_METHOD, "rejected")
+        raise bad_request(error) from None
+
+
+def _reserve_strategy(request: Any, raw_request: Request, params: Params | None) -> StrategyRun | None:
+    """Prepare the chat request's strategy, if it has one; its branches stay reserved until the run is closed.
+
+    Raises:
+        TooManyBranchesError: if fewer branches are free than the strategy needs.
+        VLLMValidationError: (400) if the settings are wrong or cannot work with this request.
+    """
+    state = raw_request.app.state
+    try:
+        strategy = resolve_strategy(request, params, state.em_inf)
     except ParamsError as error:
         raise bad_request(error) from None
     if strategy is None:
         return None
+    chat = _Chat(request, raw_request)
+    return StrategyRun(strategy, state.branch_limit, state.strategy_metrics, chat.next_prompt, chat.chunk_header)
 
-    async def next_prompt(reply: str) -> Any | None:
-        turns = [{"role": "assistant", "content": reply}, {"role": "user", "content": state.em_inf.refinement_prompt}]
-        fields = {"messages": [*request.messages, *turns], "add_generation_prompt": True}
-        again = request.model_copy(update=fields | {"continue_final_message": False})
+
+class _Chat:
+    """What a strategy needs of its chat request, besides the engine request."""
+
+    def __init__(self, request: Any, raw_request: Request) -> None:
+        self.request = request
+        self.raw_request = raw_request
+        self.state = raw_request.app.state
+
+    async def next_prompt(self, reply: str) -> Any | None:
+        """Render the conversation with `reply` and the refinement prompt; None if it is longer than the context."""
+        prompt = self.state.em_inf.strategy_refinement_prompt
+        turns = [{"role": "assistant", "content": reply}, {"role": "user", "content": prompt}]
+        fields = {"messages": [*self.request.messages, *turns], "add_generation_prompt": True}
+        next_request = self.request.model_copy(update=fields | {"continue_final_message": False})
         try:
-            rendered = await state.openai_serving_chat.render_chat_request(again)
+            rendered = await self.state.openai_serving_chat.render_chat_request(next_request)
         except VLLMClientError:
-            return None  # longer than the context
+            return None
         return rendered[1][0] if isinstance(rendered, tuple) else None
 
-    def chunk_header() -> dict[str, Any]:
-        identity = raw_request.state.request_metadata.request_id  # vLLM's, made by the time there is a stream
-        model = request.model or state.em_inf_metrics.model
-        return {"id": identity, "object": "chat.completion.chunk", "created": int(time.time()), "model": model}
-
-    return StrategyRun(strategy, state.branch_limit, state.strategy_metrics, next_prompt, chunk_header)
-
-
-def _too_many_branches(error: TooManyBranchesError) -> Response:
-    headers = {"Retry-After": RETRY_AFTER_S}
-    return error_response(HTTPStatus.TOO_MANY_REQUESTS, str(error), f"body.{STRATEGY_KEY}", headers)
+    def chunk_header(self) -> dict[str, Any]:
+        """Return the fields that all chunks of the stream share. vLLM has made the id by the time there is a stream."""
+        request_id = self.raw_request.state.request_metadata.request_id
+        model = self.request.model or self.state.em_inf_metrics.model
+        return {"id": request_id, "object": "chat.completion.chunk", "created": int(time.time()), "model": model}
 
 
-async def _with_outcome(answer: Awaitable[Any], statistics: ReplyStatistics, outcome: Outcome) -> Any:
-    """The endpoint's answer with its statistics, its outcome told."""
+def _finish(metrics: Metrics, params: Params | None, run: StrategyRun | None, outcome: str) -> None:
+    if params:
+        metrics.observe_request(params.method, outcome)
+    if run:
+        run.close()
+
+
+async def _with_outcome(vllm_response: Awaitable[Any], extras: ResponseExtras, on_outcome: OnOutcome) -> Any:
+    """Await vLLM's response, add the extras and report the outcome, once."""
     try:
-        response = await answer
+        response = await vllm_response
     except CancelledError:
-        outcome("aborted")
+        on_outcome("aborted")
         raise
     except Exception as error:
-        refused = isinstance(error, VLLMClientError) or getattr(error, "status_code", 500) < 500
-        outcome("rejected" if refused else "failed")
+        rejected = isinstance(error, VLLMClientError) or getattr(error, "status_code", 500) < 500
+        on_outcome("rejected" if rejected else "failed")
         raise
-    if response is None:  # vLLM's answer to a client that has gone
-        outcome("aborted")
+    if response is None:  # vLLM's return value if the client has disconnected
+        on_outcome("aborted")
         return None
-    return await with_statistics(response, statistics, outcome)
+    return await with_extras(response, extras, on_outcome)

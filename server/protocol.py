@@ -1,11 +1,12 @@
-"""The fields `em_inf` and `strategy` of vLLM's request models, and what a request makes of them: docs/http.md.
+"""The fields `em_inf` and `strategy` of vLLM's request models, and how a request's values for them are resolved.
 
-Knows request fields and settings; routes are in plugin.py.
+Knows request fields and settings; the request itself is handled in handler.py. Contract: docs/http.md.
 """
 
+from argparse import Namespace
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, fields
+from typing import Any, Self
 
 from pydantic import BaseModel, Field, SkipValidation, create_model
 
@@ -23,75 +24,92 @@ from em_sampler.validation import ParamsError, shorten
 from server.strategies.base import MAX_BRANCHES, Strategy
 from server.strategies.registry import STRATEGY_KEY, AnyStrategy, describe_strategies, parse_strategy
 
-# Validated by `parse`, whose errors name the field, the value and the range; the type is there for OpenAPI.
+CHAT_ROUTE = "/v1/chat/completions"  # the only route with strategies
+COMPLETIONS_ROUTE = "/v1/completions"
+SAMPLING_ROUTES = (CHAT_ROUTE, COMPLETIONS_ROUTE, "/v1/responses")
+
+# Validated by `parse_params` and `parse_strategy`, whose errors name the field, the value and the range. These types
+# are for OpenAPI.
 EMInfField = SkipValidation[Params | bool | None]
-StrategyField = SkipValidation[AnyStrategy | None]  # the same: by `parse_strategy`
+StrategyField = SkipValidation[AnyStrategy | None]
+
+EM_INF_DESCRIPTION = (
+    "Entropy minimisation for this request: settings, true for the server's default, false for none. "
+    "`GET /v1/em_inf` describes what this server supports."
+)
 STRATEGY_DESCRIPTION = "Test-time scaling for this request: several samples or rounds, of which one becomes the reply."
-MAX_IN_FLIGHT = 512  # branches of all requests together, where the operator says nothing else
 REFINEMENT_PROMPT = (
     "Check your answer above step by step. Correct every mistake, improve what can be improved, and give the answer "
     "again in full, in the same form."
-)
-DESCRIPTION = (
-    "Entropy minimisation for this request: settings, true for the server's default, false for none. "
-    "`GET /v1/em_inf` tells what this server supports."
 )
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What the operator chose, and what this engine can do."""
+    """What the operator chose, and what this engine can do.
 
-    default: Params | None = None  # for requests that say nothing
-    max_steps: int = MAX_STEPS
-    max_branches: int = MAX_BRANCHES  # of one request's strategy
-    refinement_prompt: str = REFINEMENT_PROMPT
+    The first fields have the names of em-serve's flags (server/cli.py), which take their defaults from here.
+    """
+
+    em_inf_default: Params | None = None  # for requests without `em_inf`
+    em_inf_max_steps: int = MAX_STEPS
+    strategy_max_branches: int = MAX_BRANCHES  # of one request
+    strategy_max_in_flight: int = 512  # branches of all requests together, in one API server
+    strategy_refinement_prompt: str = REFINEMENT_PROMPT
     unavailable: str | None = None  # why no request can use em_inf here
     versions: Mapping[str, str] = field(default_factory=dict)
 
+    @classmethod
+    def from_args(cls, args: Namespace, unavailable: str | None, versions: Mapping[str, str]) -> Self:
+        """Take the flags from `args`; those that it lacks, since `vllm serve` parsed it, keep their defaults."""
+        flags = {f.name: getattr(args, f.name) for f in fields(cls) if hasattr(args, f.name)}
+        return cls(**flags | {"unavailable": unavailable, "versions": versions})
+
     def describe(self) -> dict[str, Any]:
-        """The answer to `GET /v1/em_inf`."""
+        """Return the body of `GET /v1/em_inf`."""
         methods = {name: model.model_json_schema()["properties"] for name, model in METHODS.items()}
-        methods["em_inf"]["steps"]["maximum"] = self.max_steps
-        methods["em_inf"]["steps"]["default"] = min(methods["em_inf"]["steps"]["default"], self.max_steps)
+        steps = methods["em_inf"]["steps"]
+        steps["maximum"] = self.em_inf_max_steps
+        steps["default"] = min(steps["default"], self.em_inf_max_steps)
         return {
             "object": "em_inf",
             "available": self.unavailable is None,
             "unavailable_because": self.unavailable,
             "methods": methods,
-            "default": self.default and self.default.model_dump(),
-            "strategies": describe_strategies(self.max_branches),
+            "default": self.em_inf_default and self.em_inf_default.model_dump(),
+            "strategies": describe_strategies(self.strategy_max_branches),
             "versions": dict(self.versions),
         }
 
 
 def with_our_fields(model: type[BaseModel], strategies: bool) -> type[BaseModel]:
-    """vLLM's request model with the field `em_inf`, and `strategy` where `strategies` says so."""
-    fields: dict[str, Any] = {EXTRA_ARGS_KEY: (EMInfField, Field(default=None, description=DESCRIPTION))}
+    """Return vLLM's request `model` with the field `em_inf`, and with `strategy` if `strategies` is set."""
+    added: dict[str, Any] = {EXTRA_ARGS_KEY: (EMInfField, Field(default=None, description=EM_INF_DESCRIPTION))}
     if strategies:
-        fields[STRATEGY_KEY] = (StrategyField, Field(default=None, description=STRATEGY_DESCRIPTION))
-    return create_model(f"EMInf{model.__name__}", __base__=model, **fields)
+        added[STRATEGY_KEY] = (StrategyField, Field(default=None, description=STRATEGY_DESCRIPTION))
+    return create_model(f"EMInf{model.__name__}", __base__=model, **added)
 
 
 def apply_em_inf(request: Any, settings: Settings) -> Params | None:
-    """Resolve the request's `em_inf` and leave it in `vllm_xargs`, which vLLM hands on to the sampler's extra_args.
+    """Resolve the request's `em_inf` and write it to `vllm_xargs`, which vLLM passes to the sampler as extra_args.
 
     Returns:
-        What was left there, if anything.
+        The params written, or None if the request samples as by plain vLLM.
 
     Raises:
-        ParamsError: for settings that are wrong or cannot work with this request.
+        ParamsError: if the settings are wrong or cannot work with this request.
     """
     xargs = dict(request.vllm_xargs or {})
     flat = {key: xargs.pop(key) for key in list(xargs) if key == EXTRA_ARGS_KEY or key.startswith(FLAT_PREFIX)}
     params = _resolve(request.em_inf, flat, settings)
-    asked = request.em_inf is not None or bool(flat)  # the operator's default gives way where it cannot work
+    # If the request did not ask for em_inf, params are the operator's default: that gives way if it cannot work.
+    requested = request.em_inf is not None or bool(flat)
     if params and (conflict := settings.unavailable or _conflict(request)):
-        if asked:
+        if requested:
             raise ParamsError(f"body.{EXTRA_ARGS_KEY}", conflict)
         params = None
     if params and params.stats != "none" and getattr(request, "background", False):
-        if asked:
+        if requested:
             raise ParamsError(f"body.{EXTRA_ARGS_KEY}.stats", f"got {params.stats!r}; a background response has none")
         params = params.model_copy(update={"stats": "none"})
     if params:
@@ -100,14 +118,14 @@ def apply_em_inf(request: Any, settings: Settings) -> Params | None:
     return params
 
 
-def chosen_strategy(request: Any, params: Params | None, settings: Settings) -> Strategy | None:
-    """The strategy of a chat request that uses em_inf with `params`.
+def resolve_strategy(request: Any, params: Params | None, settings: Settings) -> Strategy | None:
+    """Return the strategy of a chat request whose em_inf resolved to `params`.
 
     Raises:
-        ParamsError: for settings that are wrong or cannot work with this request.
+        ParamsError: if the settings are wrong or cannot work with this request.
     """
     try:
-        strategy = parse_strategy(request.strategy, settings.max_branches)
+        strategy = parse_strategy(request.strategy, settings.strategy_max_branches)
     except ParamsError as error:
         raise ParamsError(f"body.{error.field}", error.problem) from None
     if strategy is None:
@@ -125,15 +143,15 @@ def chosen_strategy(request: Any, params: Params | None, settings: Settings) -> 
 
 
 def _resolve(value: object, flat: Mapping[str, Any], settings: Settings) -> Params | None:
-    origin = "body" if value is not None else "body.vllm_xargs"
+    source = "body" if value is not None else "body.vllm_xargs"
     try:
         if value is not None and flat:
             raise ParamsError(EXTRA_ARGS_KEY, f"give either `{EXTRA_ARGS_KEY}` or its form in vllm_xargs, not both")
-        default = settings.default
+        default = settings.em_inf_default
         params = from_extra_args(flat, default) if value is None else parse_params(value, default)
-        return with_step_limit(params, settings.max_steps)
+        return with_step_limit(params, settings.em_inf_max_steps)
     except ParamsError as error:
-        raise ParamsError(f"{origin}.{error.field}", error.problem) from None
+        raise ParamsError(f"{source}.{error.field}", error.problem) from None
 
 
 def _conflict(request: Any) -> str | None:
