@@ -14,13 +14,13 @@ from itertools import accumulate
 from typing import Any
 
 import psutil
+from loadtest.records import Item
+from loadtest.statistics import percentiles
 
 from loadtest import mock
 from loadtest.client import Client
 from loadtest.load import run_load
-from loadtest.records import Item
 from loadtest.scenario import Closed, Limits
-from loadtest.statistics import percentiles
 
 BODY: dict[str, Any] = {"model": mock.MODEL, "messages": [{"role": "user", "content": "1+2"}]}
 BODY |= {"stream": True, "stream_options": {"include_usage": True}}

@@ -1,6 +1,6 @@
-"""What the benchmark of the transform measures: cases, the sweeps they come from, and the parameters of their rows.
+"""What the benchmark of the transform measures: cases, sweeps over them, and the parameters of their rows.
 
-A sweep changes one thing at a time around a base case; the targets are cases around the same base.
+A sweep changes one property at a time, starting from a base case; the targets are variants of the same base case.
 """
 
 import math
@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from itertools import product
 from typing import Literal
 
-from benchmarks.logits import Origin
+from benchmarks.transform.logits import Origin
 from em_sampler.params import MAX_THRESHOLD, AdaptiveTemperatureParams, EMInfParams, MeasureParams, Params
 
 Method = Literal["adam", "sgd", "adaptive", "mixed"]
@@ -17,17 +17,17 @@ Method = Literal["adam", "sgd", "adaptive", "mixed"]
 
 @dataclass(frozen=True)
 class Case:
-    """One batch: its size, and what its rows ask for."""
+    """One batch: its size, its logits and the parameters of its rows."""
 
     rows: int
     vocab: int
     steps: int = 5
-    share: float = 1.0  # of the rows that are active; the others are measured and left alone
+    share: float = 1.0  # of the rows that are active; the others are measured and not changed
     origin: Origin = "bfloat16"
     method: Method = "adam"  # mixed: adam, sgd, adaptive temperature, nothing, measure, row by row in turn
 
     def params(self) -> list[Params | None]:
-        """One entry for each row: threshold 0 where it is active, above any entropy where it is idle."""
+        """Return an entry for each row: threshold 0 if it is active, above any entropy if it is idle."""
         idle = [math.floor((i + 1) * self.share + 1e-9) == math.floor(i * self.share + 1e-9) for i in range(self.rows)]
         return [self._row(i, MAX_THRESHOLD if idle[i] else 0.0) for i in range(self.rows)]
 
@@ -47,7 +47,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Sizes:
-    """What a run sweeps over. The base case has `base_rows` rows and the vocabulary `base_vocab`."""
+    """The sizes that a run sweeps over. The base case has `base_rows` rows and the vocabulary `base_vocab`."""
 
     rows: tuple[int, ...]
     vocabs: tuple[int, ...]
@@ -62,7 +62,7 @@ class Sizes:
         return Case(self.base_rows, self.base_vocab)
 
     def sweep(self) -> list[Case]:
-        """One thing at a time around the base case; every arm that can does these."""
+        """Return the cases that differ from the base case in one property; every implementation that can runs these."""
         base = self.base
         cases = [replace(base, rows=rows) for rows in self.rows]
         cases += [replace(base, vocab=vocab) for vocab in self.vocabs]
@@ -73,7 +73,7 @@ class Sizes:
         return unique(cases)
 
     def every_size(self) -> list[Case]:
-        """Rows x vocabularies."""
+        """Return a case for every number of rows with every vocabulary."""
         return [replace(self.base, rows=rows, vocab=vocab) for rows, vocab in product(self.rows, self.vocabs)]
 
 
@@ -84,12 +84,12 @@ QUICK = Sizes(rows=(1, 5), vocabs=(500, 2_000), base_rows=5, base_vocab=2_000, s
 
 
 def unique(cases: Iterable[Case]) -> list[Case]:
-    """Each case once, in the order they came."""
+    """Return each case once, in the order of its first occurrence."""
     return list(dict.fromkeys(cases))
 
 
 def limited(sizes: Sizes, rows: tuple[int, ...] | None, vocabs: tuple[int, ...] | None) -> Sizes:
-    """`sizes` with other rows or vocabularies; the base case moves where they leave it out."""
+    """Return `sizes` with other rows or vocabularies; the base case becomes the largest if they do not include it."""
     rows, vocabs = rows or sizes.rows, vocabs or sizes.vocabs
     base_rows = sizes.base_rows if sizes.base_rows in rows else max(rows)
     base_vocab = sizes.base_vocab if sizes.base_vocab in vocabs else max(vocabs)

@@ -1,24 +1,26 @@
-"""What one arm took on one case, and all of a run's in CSV. The columns are described in benchmarks/transform.py."""
+"""The result of one implementation on one case, and all results of a run as CSV (columns: see `__main__.py`)."""
 
 import csv
 import math
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
 
-from benchmarks.cases import Case
-from benchmarks.timing import Turn
+from benchmarks.transform.cases import Case
+from benchmarks.transform.timing import RoundTimes
+from loadtest import environment
 
 BYTES_PER_LOGIT = 8  # one read and one write of a float32
+COLUMNS = {"implementation": "arm"}  # the name of a field in the CSV, if it is another one
 NAN = math.nan
 
 
 @dataclass(frozen=True)
 class Machine:
-    """Where a run was made."""
+    """The machine that a run was made on."""
 
     device: str
     torch_version: str
@@ -26,15 +28,15 @@ class Machine:
 
     @classmethod
     def of(cls, device: torch.device) -> "Machine":
-        name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else environment.machine()["processor"]
         return cls(name, torch.__version__, torch.get_num_threads())
 
 
 @dataclass(frozen=True)
 class Result:
-    """Medians and quartiles over the rounds; NaN where the arm failed."""
+    """Medians and quartiles over the rounds; NaN if the implementation failed."""
 
-    arm: str
+    implementation: str
     rows: int
     vocab: int
     steps: int
@@ -58,34 +60,35 @@ class Result:
     status: str = "ok"
 
     @classmethod
-    def of(cls, arm: str, case: Case, turns: Sequence[Turn]) -> "Result":
-        """A ratio is of two times of one round, so that it does not see what slowed the whole round."""
-        low, time, high = _quartiles([turn.call * 1e6 for turn in turns])
-        of_copy = _quartiles([turn.copy / turn.call for turn in turns])
-        of_log_softmax = _quartiles([turn.call / turn.log_softmax for turn in turns])
+    def of(cls, implementation: str, case: Case, rounds: Sequence[RoundTimes]) -> "Result":
+        """Summarize the rounds. A ratio is of two times of one round: what slows a complete round cancels."""
+        low, time, high = _quartiles([each.call * 1e6 for each in rounds])
+        of_copy = _quartiles([each.copy / each.call for each in rounds])
+        of_log_softmax = _quartiles([each.call / each.log_softmax for each in rounds])
         return cls(
-            arm,
+            implementation,
             **asdict(case),
             time_us=time,
             time_us_low=low,
             time_us_high=high,
-            host_us=statistics.median(turn.host for turn in turns) * 1e6,
+            host_us=statistics.median(each.host for each in rounds) * 1e6,
             gb_per_s=BYTES_PER_LOGIT * case.rows * case.vocab / time / 1e3,
-            copy_us=statistics.median(turn.copy for turn in turns) * 1e6,
+            copy_us=statistics.median(each.copy for each in rounds) * 1e6,
             of_copy=of_copy[1],
             of_copy_low=of_copy[0],
             of_copy_high=of_copy[2],
-            log_softmax_us=statistics.median(turn.log_softmax for turn in turns) * 1e6,
+            log_softmax_us=statistics.median(each.log_softmax for each in rounds) * 1e6,
             x_log_softmax=of_log_softmax[1],
             x_log_softmax_low=of_log_softmax[0],
             x_log_softmax_high=of_log_softmax[2],
-            rounds=len(turns),
+            rounds=len(rounds),
         )
 
     @classmethod
-    def failed(cls, arm: str, case: Case, error: Exception) -> "Result":
+    def failed(cls, implementation: str, case: Case, error: Exception) -> "Result":
+        """Return a result without figures, with the first line of the error."""
         lines = str(error).strip().splitlines() or [""]
-        return cls(arm, **asdict(case), status=f"failed: {type(error).__name__}: {lines[0][:200]}")
+        return cls(implementation, **asdict(case), status=f"failed: {type(error).__name__}: {lines[0][:200]}")
 
     @property
     def ok(self) -> bool:
@@ -93,29 +96,33 @@ class Result:
 
     def __str__(self) -> str:
         if not self.ok:
-            return f"{self.arm:9} {self.status}"
+            return f"{self.implementation:9} {self.status}"
         host = "" if self.host_us == self.time_us else f", {self.host_us:,.1f} us of the host"
         quartiles = f"({self.x_log_softmax_low:.2f} to {self.x_log_softmax_high:.2f})"
         return (
-            f"{self.arm:9} {self.time_us:11,.1f} us {self.gb_per_s:8,.1f} GB/s  {self.of_copy:7.1%} of a copy's  "
+            f"{self.implementation:9} {self.time_us:11,.1f} us {self.gb_per_s:8,.1f} GB/s  {self.of_copy:7.1%} of a copy's  "
             f"{self.x_log_softmax:7.2f} x log_softmax {quartiles}{host}"
         )
 
 
 class Results(list[Result]):
-    """A run's results, by arm and case."""
+    """The results of a run."""
 
-    def get(self, arm: str, case: Case) -> Result | None:
-        """None where it was not measured or failed."""
+    def get(self, implementation: str, case: Case) -> Result | None:
+        """Return None if it was not measured or failed."""
         wanted = asdict(case)
         for result in self:
-            if result.arm == arm and result.ok and all(getattr(result, k) == v for k, v in wanted.items()):
+            if (
+                result.implementation == implementation
+                and result.ok
+                and all(getattr(result, k) == v for k, v in wanted.items())
+            ):
                 return result
         return None
 
     def save(self, path: Path, machine: Machine) -> None:
-        """CSV: the machine's columns, then the result's."""
-        names = [field.name for field in (*fields(Machine), *fields(Result))]
+        """Write CSV: the machine's columns, then the result's."""
+        names = [COLUMNS.get(field.name, field.name) for field in (*fields(Machine), *fields(Result))]
         with path.open("w", newline="") as file:
             writer = csv.DictWriter(file, names)
             writer.writeheader()
@@ -128,17 +135,6 @@ def _quartiles(values: Sequence[float]) -> tuple[float, float, float]:
 
 
 def _rounded(result: Result) -> dict[str, object]:
-    """Six significant digits, which is more than any clock here gives."""
-    return {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in asdict(result).items()}
-
-
-def _cpu_name() -> str:
-    """The processor's model, where Linux tells."""
-    return next(_cpu_models(), "CPU")
-
-
-def _cpu_models() -> Iterator[str]:
-    info = Path("/proc/cpuinfo")
-    for line in info.read_text().splitlines() if info.exists() else ():
-        if line.startswith("model name"):
-            yield line.partition(":")[2].strip()
+    """Round to six significant digits, more than any clock here gives."""
+    rounded = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in asdict(result).items()}
+    return {COLUMNS.get(name, name): value for name, value in rounded.items()}

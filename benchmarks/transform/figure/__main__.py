@@ -1,6 +1,6 @@
-"""The figure of docs/the-transform.md: how far EM-INF moves a logit, by where it lies. `python -m benchmarks.figure`.
+"""Draws the figure of docs/the-transform.md, how far EM-INF moves each logit: `python -m benchmarks.transform.figure`.
 
-Made of the oracle's float64, on one row that is drawn like a language model's.
+It shows the float64 reference on one random row with the shape of a language model's logits.
 """
 
 from pathlib import Path
@@ -12,17 +12,17 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-from benchmarks.logits import language_model_logits
+from benchmarks.transform.logits import language_model_logits
 from em_sampler import EMInfParams
 from em_sampler.transforms import reference
 
 TARGET = Path("docs/figures/the-transform.png")
-ROW, VOCAB = 7, 151_936  # one that is open: its entropy is above 1 nat
+ROW, VOCAB = 7, 151_936  # a row with an entropy above 1 nat
 STEPS = (1, 5, 15)
 
 
 def main() -> None:
-    """Draw and save."""
+    """Draw the figure and save it."""
     logits = language_model_logits(ROW + 1, VOCAB, origin="bfloat16")[ROW].double().numpy()
     values, counts = np.unique(logits, return_counts=True)
     p = reference.softmax(logits)

@@ -85,7 +85,8 @@ class Turn:
 
 def servers(stack: ExitStack, args: argparse.Namespace, folder: Path, start: int = 0) -> dict[bool, Server]:
     """Both servers, by whether they are plain. One after the other: on CUDA each measures the memory that is free.
-    Who comes first alternates with `start`."""
+    Who comes first alternates with `start`.
+    """
     model, flags = args.model, ("--max-num-seqs", str(max(args.concurrency)), *MODELS[args.model].flags)
     if model == "demo":
         ours, theirs = flags, (str(demo.MODEL_PATH), *DEMO_FLAGS, *flags)

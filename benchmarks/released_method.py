@@ -1,6 +1,6 @@
-"""The released method, to compare with: one row at a time, by autograd and a fresh torch.optim.Adam for every row.
+"""The released method, for comparison: one row at a time, by autograd and a fresh torch.optim.Adam for every row.
 
-Written from its description (arXiv 2505.15134, section 4 and appendix A), none of its code; EM-INF only.
+Written from its description (arXiv 2505.15134, section 4 and appendix A), without any of its code; EM-INF only.
 """
 
 import torch
@@ -11,18 +11,18 @@ from em_sampler.params import EMInfParams
 
 OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}
 
-# Stands in for -inf: its probability is 0, and 0 * -inf stays out of the sums and their gradients.
-FORBIDDEN = -1e6
+# Replaces -inf: its probability is 0 too, and the sums and their gradients have no 0 * -inf, which is NaN.
+MASKED_LOGIT = -1e6
 
 
-def released(logits: Tensor, params: EMInfParams) -> Tensor:
-    """The rows of `logits` [rows, vocab] float32 after EM-INF, as a new tensor."""
-    return torch.stack([_released_row(row, params) for row in logits])
+def released_method(logits: Tensor, params: EMInfParams) -> Tensor:
+    """Return the rows of `logits` [rows, vocab] float32 after EM-INF, as a new tensor."""
+    return torch.stack([_minimize_row(row, params) for row in logits])
 
 
 @torch.enable_grad()  # `generate` runs its processors without
-def _released_row(row: Tensor, params: EMInfParams) -> Tensor:  # [vocab]
-    z = row.detach().clamp(min=FORBIDDEN).requires_grad_()
+def _minimize_row(row: Tensor, params: EMInfParams) -> Tensor:  # [vocab]
+    z = row.detach().clamp(min=MASKED_LOGIT).requires_grad_()
     optimizer = OPTIMIZERS[params.optimizer]([z], lr=params.learning_rate)  # type: ignore[call-arg]
     log_p0 = torch.log_softmax(z.detach(), -1)
     p0 = log_p0.exp()
@@ -39,11 +39,11 @@ def _released_row(row: Tensor, params: EMInfParams) -> Tensor:  # [vocab]
 
 
 class ReleasedProcessor(LogitsProcessor):
-    """`released` for `model.generate(..., logits_processor=[ReleasedProcessor(params)])`."""
+    """The released method for `model.generate(..., logits_processor=[ReleasedProcessor(params)])`."""
 
     def __init__(self, params: EMInfParams) -> None:
         self.params = params
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        """New scores for `scores` [rows, vocab], in the same dtype; `scores` itself is left as it is."""
-        return released(scores.float(), self.params).to(scores.dtype)  # type: ignore[return-value]
+        """Return new scores for `scores` [rows, vocab], in the same dtype; `scores` itself does not change."""
+        return released_method(scores.float(), self.params).to(scores.dtype)  # type: ignore[return-value]

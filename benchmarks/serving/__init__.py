@@ -1,0 +1,1 @@
+"""What EM-INF and its stats cost a server: `python -m benchmarks.serving`."""

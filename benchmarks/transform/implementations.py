@@ -1,0 +1,117 @@
+"""The implementations that the benchmark of the transform compares, by name.
+
+Each one prepares a case (allocates, compiles, packs parameters) and returns what is timed: a call on the case's logits.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from benchmarks.transform.cases import Case
+from em_sampler.params import EMInfParams
+from em_sampler.transforms.batch import BatchParams, Column
+from em_sampler.transforms.eager import EagerTransform
+from em_sampler.transforms.reference import BETA1, BETA2, EPSILON
+
+Call = Callable[[Tensor], object]  # on logits [rows, vocab] float32, which it may change
+Steps = Callable[..., tuple[Tensor, Tensor, Tensor]]
+
+STEPS_PER_GRAPH = 5  # torch.compile unrolls them; 64 would take minutes
+
+
+def ours(case: Case, device: torch.device) -> Call:
+    """Prepare the fastest implementation that em_sampler has for the device."""
+    from em_sampler.transforms.dispatch import build_transform
+
+    transform = build_transform(case.vocab, device, case.rows)
+    batch_params = BatchParams.of(case.params(), device)
+    return lambda logits: transform(logits, batch_params)
+
+
+def eager(case: Case, device: torch.device) -> Call:
+    """Prepare em_sampler's eager torch, which passes over memory once for each operation."""
+    transform = EagerTransform(case.vocab, device, case.rows)
+    batch_params = BatchParams.of(case.params(), device)
+    return lambda logits: transform(logits, batch_params)
+
+
+def compiled(case: Case, device: torch.device) -> Call:
+    """Prepare EM-INF's descent as plain torch, fused by torch.compile for the shape of the case."""
+    torch._dynamo.reset()  # after eight shapes of one function it would fall back to eager without a warning
+    return descent(case, device, torch.compile(adam_steps, dynamic=False))
+
+
+def released(case: Case, device: torch.device) -> Call:
+    """Prepare the released method, called row by row, as each row has its own parameters."""
+    from benchmarks.released_method import released_method
+
+    params = [p for p in case.params() if isinstance(p, EMInfParams)]
+
+    def call(logits: Tensor) -> None:
+        for row, row_params in enumerate(params):
+            released_method(logits[row : row + 1], row_params)
+
+    return call
+
+
+IMPLEMENTATIONS: dict[str, Callable[[Case, torch.device], Call]] = {
+    "ours": ours,
+    "compiled": compiled,
+    "eager": eager,
+    "released": released,
+}
+
+
+def supports(implementation: str, case: Case) -> bool:
+    """Return whether it has the case's method: `released` has EM-INF alone, `compiled` EM-INF with adam."""
+    supported = {"compiled": ("adam",), "released": ("adam", "sgd")}
+    return implementation not in supported or case.method in supported[implementation]
+
+
+def descent(case: Case, device: torch.device, take_steps: Steps) -> Call:
+    """Prepare Adam's steps on a batch, a few in each call of `take_steps`; a row stops below its threshold.
+
+    It always takes all of a case's steps: to ask whether any row is left would make the host wait for the device.
+    """
+    params = BatchParams.of(case.params(), device)
+    columns = params[Column.THRESHOLD], params[Column.LEARNING_RATE], params[Column.KL_WEIGHT]
+    powers = [[1 - BETA1**t, 1 - BETA2**t] for t in range(1, case.steps + 1)]
+    corrections = torch.tensor(powers, dtype=torch.float32, device=device)  # from the host, every step would wait
+
+    @torch.no_grad()
+    def call(logits: Tensor) -> Tensor:
+        z, p0 = logits, torch.softmax(logits, -1)
+        m, v = torch.zeros_like(z), torch.zeros_like(z)
+        for part in torch.split(corrections, STEPS_PER_GRAPH):
+            z, m, v = take_steps(z, m, v, p0, *columns, part)
+        return logits.copy_(z)
+
+    return call
+
+
+def adam_steps(
+    z: Tensor, m: Tensor, v: Tensor, p0: Tensor, threshold: Tensor, rate: Tensor, kl_weight: Tensor, corrections: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Take some steps of `descent`; return logits, first and second moments [rows, vocab] after these steps.
+
+    Args:
+        z: logits [rows, vocab].
+        m: first moments [rows, vocab].
+        v: second moments [rows, vocab].
+        p0: probabilities before the first step [rows, vocab].
+        threshold: [rows, 1], in nats.
+        rate: learning rate [rows, 1].
+        kl_weight: [rows, 1].
+        corrections: [steps, 2], Adam's bias corrections.
+    """
+    for step in range(corrections.shape[0]):
+        log_p = torch.log_softmax(z, -1)
+        p = log_p.exp()
+        h = -(p * log_p).sum(-1, keepdim=True)
+        g = kl_weight * (p - p0) - p * (log_p + h)
+        m = BETA1 * m + (1 - BETA1) * g
+        v = BETA2 * v + (1 - BETA2) * g * g
+        moved = z - rate * (m / corrections[step, 0]) / ((v / corrections[step, 1]).sqrt() + EPSILON)
+        z = torch.where(h >= threshold, moved, z)
+    return z, m, v
