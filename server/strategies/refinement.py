@@ -1,4 +1,4 @@
-"""Sequential refinement: the model is shown its answer and asked for a better one, round after round."""
+"""Sequential refinement: in each round, show the model its last reply and ask for a better one."""
 
 from typing import Any, ClassVar, Literal
 
@@ -10,25 +10,28 @@ from server.strategies.branches import Branch, Branches
 
 
 class Refinement(Strategy):
-    """Up to `rounds` replies, each after the one before; stops when two in a row give the same answer."""
+    """Up to `rounds` replies, one after another; stops early if two in a row give the same answer."""
 
     type: Literal["refinement"] = "refinement"
     limit_field: ClassVar[str] = "rounds"
     rounds: int = Field(
-        default=3, ge=MIN_BRANCHES, description="Replies, the first included; number i has the seed plus i."
+        default=3, ge=MIN_BRANCHES, description="Replies, the first included; number i has the request's seed plus i."
     )
     answer: Answer = Field(default=Answer(), description="How to find the answer in a reply.")
 
     @property
     def max_parallel(self) -> int:
-        """One after another."""
+        """One: each round needs the reply of the round before."""
         return 1
 
     async def run(self, branches: Branches) -> Branch:
-        """The last reply. A round that fails or finds no room in the context leaves the one before it, as does one that
-        is cut off after one that was not."""
+        """Return the last round's reply.
+
+        If a round fails, does not fit into the context, or is cut off although the round before was not, the reply of
+        the round before is returned.
+        """
         best: Branch | None = None
-        prompt: Any | None = None  # the request's own
+        prompt: Any | None = None  # None: the request's prompt
         answers: list[str | None] = []
         for number in range(self.rounds):
             branch = branches.start(prompt)
@@ -36,18 +39,18 @@ class Refinement(Strategy):
             if branch.state != "completed":
                 break
             if best and branch.cut_off and not best.cut_off:
-                branches.report["stopped_by"] = "length"
+                branches.summary["stopped_by"] = "length"
                 break
             best = branch
             answers.append(self.answer.extract(branch.text))
-            branches.report |= {"answer": answers[-1], "answers": list(answers), "no_answer": answers.count(None)}
+            branches.summary |= {"answer": answers[-1], "answers": list(answers), "no_answer": answers.count(None)}
             left = self.rounds - number - 1
             if not left or (answers[-1] is not None and answers[-1:] == answers[-2:-1]):
                 branches.never_started = left
                 break
             prompt = await branches.next_prompt(after_thinking(branch.text))
             if prompt is None:
-                branches.report["stopped_by"] = "context"
+                branches.summary["stopped_by"] = "context"
                 break
         if best is None:
             raise branches.failure()

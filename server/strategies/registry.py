@@ -1,4 +1,4 @@
-"""Test-time scaling on /v1/chat/completions: each strategy is a class in a file of its own, listed here."""
+"""The strategies of /v1/chat/completions by name. A new one is a module in this package, listed in `AnyStrategy`."""
 
 from collections.abc import Mapping
 from typing import Any, get_args
@@ -15,10 +15,10 @@ STRATEGIES: dict[str, type[Strategy]] = {model.model_fields["type"].default: mod
 
 
 def parse_strategy(value: object, max_branches: int = MAX_BRANCHES) -> Strategy | None:
-    """The strategy that a request's `strategy` asks for; None for none.
+    """Return the strategy that the field `strategy` of a request asks for, or None.
 
     Raises:
-        ParamsError: naming the field, the value received and what is allowed.
+        ParamsError: if the value is wrong; names the field, the value received and what is allowed.
     """
     if value is None:
         return None
@@ -28,19 +28,19 @@ def parse_strategy(value: object, max_branches: int = MAX_BRANCHES) -> Strategy 
     model = STRATEGIES.get(name) if isinstance(name, str) else None
     if model is None:
         raise ParamsError(f"{STRATEGY_KEY}.type", f"got {shorten(name)}; must be one of {', '.join(STRATEGIES)}")
-    size = value.get(model.limit_field)
-    if isinstance(size, int) and not isinstance(size, bool) and not MIN_BRANCHES <= size <= max_branches:
-        problem = f"got {shorten(size)}; this server allows an integer from {MIN_BRANCHES} up to {max_branches}"
+    count = value.get(model.limit_field)
+    if isinstance(count, int) and not isinstance(count, bool) and not MIN_BRANCHES <= count <= max_branches:
+        problem = f"got {shorten(count)}; this server allows an integer from {MIN_BRANCHES} up to {max_branches}"
         raise ParamsError(f"{STRATEGY_KEY}.{model.limit_field}", problem)
     strategy = validate(model, value, STRATEGY_KEY)
-    if strategy.branches > max_branches:  # the default, lowered to what the operator allows
+    if strategy.max_branches > max_branches:  # only a default can be: lower it to what the operator allows
         strategy = validate(model, {**value, model.limit_field: max_branches}, STRATEGY_KEY)
     return strategy
 
 
 def describe_strategies(max_branches: int) -> dict[str, Any]:
-    """Each strategy's fields, defaults and limits, for `GET /v1/em_inf`."""
-    described = {name: model.model_json_schema() for name, model in STRATEGIES.items()}
+    """Return the JSON schema of each strategy's fields, with the operator's limit, for `GET /v1/em_inf`."""
+    schemas = {name: model.model_json_schema() for name, model in STRATEGIES.items()}
     for name, model in STRATEGIES.items():
-        described[name]["properties"][model.limit_field]["maximum"] = max_branches
-    return described
+        schemas[name]["properties"][model.limit_field]["maximum"] = max_branches
+    return schemas

@@ -1,6 +1,6 @@
-"""One request under a strategy, as the server sees it: outputs that stand for the request's own, usage, the summary.
+"""A strategy at work on one request, as the server sees it: the reply's outputs, the usage, the summary.
 
-The strategy's own view is `server.strategies.branches.Branches`. Knows no HTTP and none of vLLM's classes.
+What the strategy itself sees is `branches.Branches`. Knows no HTTP and none of vLLM's classes.
 """
 
 import asyncio
@@ -25,17 +25,17 @@ class StrategyRun:
         next_prompt: NextPrompt,
         chunk_header: Callable[[], dict[str, Any]],
     ) -> None:
-        """Take the request's share of the branch limit, until `close`.
+        """Reserve the branches of the request, until `close`.
 
         Args:
             strategy: what the request asked for.
-            limit: of branches in flight in this process.
-            metrics: counts branches and outcomes.
-            next_prompt: for refinement.
-            chunk_header: makes the fields that all chunks of the stream share.
+            limit: on the branches in flight in this process.
+            metrics: count branches and results.
+            next_prompt: makes refinement's prompts.
+            chunk_header: makes the fields that all chunks of a stream share.
 
         Raises:
-            TooManyBranchesError: if the limit has no room for the strategy's branches.
+            TooManyBranchesError: if fewer branches are free than the strategy runs at the same time.
         """
         limit.acquire(strategy.max_parallel)
         self.strategy = strategy
@@ -47,43 +47,45 @@ class StrategyRun:
         self._closed = False
 
     def outputs(self, engine_request: EngineRequest) -> AsyncIterator[Any]:
-        """Run the strategy; yield the winner's outputs in place of the request's own.
+        """Return the outputs that stand for the request's own: the winner's, once the strategy has run.
 
         Raises:
-            ParamsError: at once, for a request that the strategy cannot work with.
+            ParamsError: if the strategy cannot work with the request; raised here, before the first output.
         """
         self.strategy.check(engine_request.sampling_params, engine_request.max_logprobs)
         self.branches.engine_request = engine_request
         return self._outputs(engine_request)
 
     def summary(self) -> dict[str, Any]:
-        """Make the response's `strategy` object. Contract: docs/http.md."""
+        """Return the response's `strategy` object as it stands. Contract: docs/http.md."""
         branches = self.branches.started
         states = Counter(branch.state for branch in branches)
         counts = {state: states[state] for state in ("completed", "cancelled", "failed")}
         running = {"running": states["running"]} if states["running"] else {}
         tokens = {"completion_tokens": [branch.tokens for branch in branches]}
-        return self.strategy.summary_fields() | counts | running | self.branches.report | tokens
+        return self.strategy.summary_fields() | counts | running | self.branches.summary | tokens
 
-    async def progress(self, reply: asyncio.Future[Any], timeout: float) -> None:
-        """Wait at most `timeout` seconds for a branch to start or end, or for the `reply` to begin."""
+    async def progress(self, reply: asyncio.Future[Any], timeout_s: float) -> None:
+        """Wait at most `timeout_s` for a branch to start or end since the last call, or for the `reply` to begin."""
         change = asyncio.ensure_future(self.branches.changed.wait())
-        await asyncio.wait({reply, change}, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait({reply, change}, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
         change.cancel()
         self.branches.changed.clear()
 
     def usage(self, usage: dict[str, Any]) -> dict[str, Any]:
-        """Add up the tokens of all branches; vLLM's `usage` has the winner's alone."""
+        """Return `usage` with the tokens of all branches; vLLM counts the winner's alone."""
         branches = self.branches.started
-        prompt, completion = (sum(getattr(b, name) for b in branches) for name in ("prompt_tokens", "tokens"))
+        prompt = sum(branch.prompt_tokens for branch in branches)
+        completion = sum(branch.tokens for branch in branches)
         total = {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
         details = usage.get("prompt_tokens_details")
         if details and details.get("cached_tokens") is not None:
-            total["prompt_tokens_details"] = details | {"cached_tokens": sum(b.cached_tokens for b in branches)}
+            cached = sum(branch.cached_tokens for branch in branches)
+            total["prompt_tokens_details"] = details | {"cached_tokens": cached}
         return usage | total
 
     def close(self) -> None:
-        """Release the branch limit once the HTTP request is over. Safe to call again."""
+        """Release the reserved branches, when the HTTP request is over. Safe to call again."""
         if not self._closed:
             self._closed = True
             self.limit.release(self.strategy.max_parallel)
@@ -92,7 +94,7 @@ class StrategyRun:
         try:
             self.winner = await self.strategy.run(self.branches)
             saved = self.branches.estimated_tokens_saved()
-            self.metrics.observe_result(self.strategy.type, self.branches.report.get("agreement"), saved)
+            self.metrics.observe_result(self.strategy.type, self.branches.summary.get("agreement"), saved)
         finally:
             await self.branches.drop_running()
         for output in engine_request.as_own_outputs(self.winner.outputs):

@@ -1,4 +1,4 @@
-"""Self-consistency (arXiv 2203.11171): many samples of one prompt, the answer that most of them give."""
+"""Self-consistency (arXiv 2203.11171): sample one prompt several times and take the most frequent answer."""
 
 import math
 from typing import Any, ClassVar, Literal, Self
@@ -11,34 +11,34 @@ from server.strategies.ballot import Ballot
 from server.strategies.base import MIN_BRANCHES, Strategy, require_sampling
 from server.strategies.branches import Branch, Branches
 
-UNKNOWN_WEIGHT = 1e-6  # of a branch whose statistics did not come
+UNKNOWN_WEIGHT = 1e-6  # of a branch whose stats are missing
 
 
 class SelfConsistency(Strategy):
-    """`n` samples and a vote; ties go to the answer whose samples the model finds likelier, per token."""
+    """`n` samples and a majority vote. A tie goes to the answer whose samples have the higher mean log-probability."""
 
     type: Literal["self_consistency"] = "self_consistency"
     limit_field: ClassVar[str] = "n"
     n: int = Field(default=8, ge=MIN_BRANCHES, description="Samples; number i has the request's seed plus i.")
     answer: Answer = Field(default=Answer(), description="How to find the answer in a reply.")
     parallel: int | None = Field(
-        default=None, ge=1, description="Samples at a time, a new one as each ends; default: all n at once."
+        default=None, ge=1, description="Samples at a time; when one ends, the next starts. Default: all n at once."
     )
     early_stop: bool = Field(
-        default=False, description="Once no outcome can overtake the leader, end what is running and start no more."
+        default=False, description="Once no answer can overtake the leader, cancel running samples and start no more."
     )
     confidence: float | None = Field(
         default=None,
         gt=0.5,
         lt=1,
-        description="With early_stop: also once the leader is the majority's answer with this probability.",
+        description="With early_stop: also stop once the leader is the majority's answer with this probability.",
     )
     weights: Literal["equal", "entropy"] = Field(
-        default="equal", description="entropy: a vote weighs exp(-mean entropy of its tokens, in nats)."
+        default="equal", description="entropy: a vote weighs exp(-mean entropy of its tokens in nats)."
     )
 
     @model_validator(mode="after")
-    def _consistent(self) -> Self:
+    def _check_confidence(self) -> Self:
         if self.confidence is not None and not self.early_stop:
             raise ValueError("`confidence` is a rule of early_stop, which is off")
         if self.confidence is not None and self.weights != "equal":
@@ -47,25 +47,29 @@ class SelfConsistency(Strategy):
 
     @property
     def max_parallel(self) -> int:
-        """As `parallel` says."""
+        """`parallel`, but no more than `n`."""
         return min(self.parallel or self.n, self.n)
 
     def check(self, sampling_params: Any, max_logprobs: int) -> None:
-        """It needs samples that differ."""
+        """Check that samples can differ.
+
+        Raises:
+            ParamsError: if decoding is greedy.
+        """
         require_sampling(sampling_params, self.type)
 
     async def run(self, branches: Branches) -> Branch:
-        """The vote after each; no more samples once it is settled."""
+        """Sample and vote, with no more samples than the vote needs if `early_stop` is set."""
         for _ in range(self.max_parallel):
             branches.start()
-        ballot, seen, settled = Ballot(branches, self.answer), 0, False
+        ballot, ended, decided = Ballot(branches, self.answer), 0, False
         async for branch in branches.as_they_end():
-            seen += 1
+            ended += 1
             if branch.state == "completed":
                 ballot.add(branch, await self._weight(branch))
-            # Settled is settled: what completes while the others are being cancelled still has its vote.
-            settled = settled or (self.early_stop and self._settled(ballot.vote, self.n - seen))
-            if settled:
+            # A branch that completes while others are being cancelled still votes, but the decision to stop stands.
+            decided = decided or (self.early_stop and self._is_decided(ballot.vote, self.n - ended))
+            if decided:
                 branches.never_started = self.n - len(branches.started)
                 await branches.cancel_running()
             elif len(branches.started) < self.n:
@@ -78,7 +82,7 @@ class SelfConsistency(Strategy):
         entropy = await branch.mean_entropy()
         return UNKNOWN_WEIGHT if entropy is None else math.exp(-entropy)
 
-    def _settled(self, vote: Vote, remaining: int) -> bool:
-        return vote.is_decided(remaining) or (
-            self.confidence is not None and vote.leader_probability() >= self.confidence
-        )
+    def _is_decided(self, vote: Vote, remaining: int) -> bool:
+        if vote.is_decided(remaining):
+            return True
+        return self.confidence is not None and vote.leader_probability() >= self.confidence
