@@ -65,9 +65,9 @@ class StepBuffer:
             output: what the transform returned.
         """
         if self.pinned is None:  # NumPy's operations take a third of the time of torch's
-            self.stats = np.concatenate((slots.numpy()[None], positions.numpy()[None], output.statistics.numpy()))
+            self.stats = np.concatenate((slots.numpy()[None], positions.numpy()[None], output.stats.numpy()))
         else:
-            stats = torch.cat((slots[None], positions[None], output.statistics))
+            stats = torch.cat((slots[None], positions[None], output.stats))
             pinned = self.pinned[: stats.numel()].view(stats.shape)
             self.stats = pinned.copy_(stats, non_blocking=True).numpy()
             self.events[1].record()
