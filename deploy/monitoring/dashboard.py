@@ -1,6 +1,6 @@
-"""Writes dashboard.json, for Grafana 10 or newer: `python deploy/monitoring/dashboard.py`.
+"""Generator of dashboard.json, for Grafana 10 or newer: `python deploy/monitoring/dashboard.py`.
 
-A row is a list of panels; a panel is a title, a unit, what it says, and its queries by legend.
+Edit ROWS here, never the JSON. Both are in git: kustomize and compose read the JSON, and neither can run a generator.
 """
 
 import json
@@ -8,34 +8,34 @@ import sys
 from pathlib import Path
 from typing import Any
 
-WIDTH, HEIGHT, ACROSS = 8, 8, 24  # a panel's and the page's, in the units of Grafana's grid
+PANEL_WIDTH, PANEL_HEIGHT, PAGE_WIDTH = 8, 8, 24  # in the units of Grafana's grid
 SOURCE = {"type": "prometheus", "uid": "${datasource}"}
-SERVERS = 'namespace=~"$namespace", job=~".*em-inf-server.*"'  # what has no model: names that other servers have too
+SERVERS = 'namespace=~"$namespace", job=~".*em-inf-server.*"'  # metrics without a model, which other servers export too
 VLLM = 'namespace=~"$namespace", model_name=~"$model"'
 OURS = 'namespace=~"$namespace", model=~"$model"'
-RECORDED = 'namespace=~"$namespace", model=~"$model|"'  # some of rules.yaml's have no model
-RATE = "[$__rate_interval]"
+RECORDED = 'namespace=~"$namespace", model=~"$model|"'  # some series that rules.yaml records have no model
+RATE_RANGE = "[$__rate_interval]"
 
 Panel = tuple[str, str, str, dict[str, str]]  # title, unit, description, legend -> PromQL
 
 
 def rate(metric: str, labels: str, by: str) -> str:
-    """Increase per second, over all replicas."""
-    return f"sum by ({by}) (rate({metric}{{{labels}}}{RATE}))"
+    """Return the query for a counter's increase per second, summed over all replicas."""
+    return f"sum by ({by}) (rate({metric}{{{labels}}}{RATE_RANGE}))"
 
 
-def share(part: str, whole: str, labels: str, by: str) -> str:
-    """One rate as a share of another."""
-    return f"{rate(part, labels, by)} / {rate(whole, labels, by)}"
+def ratio(part: str, total: str, labels: str, by: str) -> str:
+    """Return the query for one counter's rate divided by another's."""
+    return f"{rate(part, labels, by)} / {rate(total, labels, by)}"
 
 
 def mean(histogram: str, labels: str, by: str) -> str:
-    """Mean of a histogram's observations."""
-    return share(f"{histogram}_sum", f"{histogram}_count", labels, by)
+    """Return the query for the mean of a histogram's observations."""
+    return ratio(f"{histogram}_sum", f"{histogram}_count", labels, by)
 
 
 def quantiles(histogram: str, labels: str, by: str, legend: str, *levels: float) -> dict[str, str]:
-    """One query for each level."""
+    """Return one query per quantile level (between 0 and 1), by legend."""
     buckets = rate(f"{histogram}_bucket", labels, f"le, {by}")
     return {f"p{100 * level:g} {legend}": f"histogram_quantile({level}, {buckets})" for level in levels}
 
@@ -45,22 +45,22 @@ ROWS: dict[str, list[Panel]] = {
         (
             "Time to first token",
             "s",
-            "From a request's arrival, its time in the queue included. The objective: 95 % within 2.5 s.",
+            "From a request's arrival, including its time in the queue. Objective: 95 % within 2.5 s.",
             quantiles("vllm:time_to_first_token_seconds", VLLM, "model_name", "{{model_name}}", 0.5, 0.95, 0.99),
         ),
         (
             "Time between tokens",
             "s",
-            "Of each pair of tokens that follow one another, and the mean over a whole reply.",
+            "Between consecutive tokens, and the mean over one complete response.",
             quantiles("vllm:inter_token_latency_seconds", VLLM, "model_name", "{{model_name}}", 0.5, 0.95, 0.99)
             | quantiles(
-                "vllm:request_time_per_output_token_seconds", VLLM, "model_name", "{{model_name}}, of a reply", 0.95
+                "vllm:request_time_per_output_token_seconds", VLLM, "model_name", "{{model_name}}, per response", 0.95
             ),
         ),
         (
             "Failed requests",
             "percentunit",
-            "http: 5xx of all models. em_inf: requests with a method, broken streams too. The objective: below 0.5 %.",
+            "http: 5xx, all models. em_inf: requests with a method, including broken streams. Objective: below 0.5 %.",
             {
                 "{{sli}} {{job}} {{model}}": f'em_inf:requests_bad:rate5m{{sli!="first_token", {RECORDED}}}'
                 f' / em_inf:requests:rate5m{{sli!="first_token", {RECORDED}}}'
@@ -69,7 +69,7 @@ ROWS: dict[str, list[Panel]] = {
         (
             "Budget burn",
             "none",
-            "How many times faster than allowed the budget is spent. Above 14.4 for an hour somebody is called.",
+            "How many times faster than allowed the error budget is spent. Above 14.4 for 1 h is critical.",
             {
                 "1 h: {{sli}} {{job}} {{model}}": f"em_inf:budget_burn:1h{{{RECORDED}}}",
                 "3 d: {{sli}} {{job}} {{model}}": f"em_inf:budget_burn:3d{{{RECORDED}}}",
@@ -78,7 +78,7 @@ ROWS: dict[str, list[Panel]] = {
         (
             "Servers",
             "short",
-            "Scrape targets, and those that answer.",
+            "Scrape targets, and those of them that are up.",
             {
                 "{{job}}: targets": f"count by (namespace, job) (up{{{SERVERS}}})",
                 "{{job}}: up": f"sum by (namespace, job) (up{{{SERVERS}}})",
@@ -87,10 +87,10 @@ ROWS: dict[str, list[Panel]] = {
         (
             "HTTP responses",
             "reqps",
-            "On POST under /v1, by status, of all models. A stream that breaks has the 2xx that it began with.",
+            "POST under /v1, by status, all models. A stream that breaks counts with the 2xx that it started with.",
             {
                 "{{status}}": f'sum by (status) (rate(http_requests_total{{{SERVERS}, method="POST", '
-                f'handler=~"/v1/.*"}}{RATE}))'
+                f'handler=~"/v1/.*"}}{RATE_RANGE}))'
             },
         ),
     ],
@@ -98,7 +98,7 @@ ROWS: dict[str, list[Panel]] = {
         (
             "Tokens",
             "suffix:tokens/s",
-            "Over all replicas. Prompt tokens that the prefix cache had are among them.",
+            "Over all replicas. Prompt tokens include those found in the prefix cache.",
             {
                 "generated {{model_name}}": rate("vllm:generation_tokens_total", VLLM, "model_name"),
                 "prompts {{model_name}}": rate("vllm:prompt_tokens_total", VLLM, "model_name"),
@@ -107,7 +107,7 @@ ROWS: dict[str, list[Panel]] = {
         (
             "Requests by outcome",
             "reqps",
-            "Engine requests by the reason of their end (vLLM), and HTTP requests with a method by how they ended.",
+            "Engine requests by finish reason (vLLM), and HTTP requests with a method by outcome.",
             {
                 "vLLM: {{finished_reason}}": rate("vllm:request_success_total", VLLM, "finished_reason"),
                 "{{method}}: {{outcome}}": rate("em_inf_requests_total", OURS, "method, outcome"),
@@ -116,7 +116,7 @@ ROWS: dict[str, list[Panel]] = {
         (
             "Running",
             "short",
-            "Requests in the engines' batches. A strategy's branches are requests of their own.",
+            "Engine requests in the batches. Each branch of a strategy is one.",
             {"{{model_name}}": f"sum by (model_name) (vllm:num_requests_running{{{VLLM}}})"},
         ),
     ],
@@ -124,14 +124,14 @@ ROWS: dict[str, list[Panel]] = {
         (
             "Waiting",
             "short",
-            "Requests that no engine has begun, or that were preempted.",
+            "Engine requests that were not started yet, or were preempted.",
             {"{{model_name}}": f"sum by (model_name) (vllm:num_requests_waiting{{{VLLM}}})"},
         ),
         (
             "Queue",
             "s",
-            "How long the queue takes at the rate at which requests end, and how long those that ended have waited.",
-            {"to empty it: {{model_name}}": f"em_inf:queue:seconds{{{VLLM}}}"}
+            "Time to empty the queue at the rate at which requests finish, and the waiting time of finished requests.",
+            {"to empty: {{model_name}}": f"em_inf:queue:seconds{{{VLLM}}}"}
             | quantiles("vllm:request_queue_time_seconds", VLLM, "model_name", "waited: {{model_name}}", 0.95),
         ),
         (
@@ -146,15 +146,15 @@ ROWS: dict[str, list[Panel]] = {
         (
             "Preemptions",
             "reqps",
-            "Requests that lost their place in the cache and have to be computed again.",
+            "Requests that lost their KV cache and are computed again from the start.",
             {"{{model_name}}": rate("vllm:num_preemptions_total", VLLM, "model_name")},
         ),
         (
             "Prefix cache",
             "percentunit",
-            "Share of the tokens looked up that were found. A strategy's branches find their prompt.",
+            "Share of the looked-up tokens that were found. The branches of a strategy find their prompt.",
             {
-                "{{model_name}}": share(
+                "{{model_name}}": ratio(
                     "vllm:prefix_cache_hits_total", "vllm:prefix_cache_queries_total", VLLM, "model_name"
                 )
             },
@@ -164,7 +164,7 @@ ROWS: dict[str, list[Panel]] = {
         (
             "Mean entropy",
             "suffix:nats",
-            "Of a token's distribution, as the model gave it and as the method left it.",
+            "Entropy of a token's distribution before and after the method.",
             {
                 "before {{model}} {{method}}": mean("em_inf_entropy_before_nats", OURS, "model, method"),
                 "after {{model}} {{method}}": mean("em_inf_entropy_after_nats", OURS, "model, method"),
@@ -173,19 +173,19 @@ ROWS: dict[str, list[Panel]] = {
         (
             "Entropy before: quantiles",
             "suffix:nats",
-            "Most tokens are certain; the upper quantiles are those that the method works on.",
+            "Most tokens have low entropy; the method changes those in the upper quantiles.",
             quantiles("em_inf_entropy_before_nats", OURS, "model, method", "{{model}} {{method}}", 0.5, 0.9, 0.99),
         ),
         (
             "Entropy after: quantiles",
             "suffix:nats",
-            "To be compared with the panel before.",
+            "Compare with the panel before.",
             quantiles("em_inf_entropy_after_nats", OURS, "model, method", "{{model}} {{method}}", 0.5, 0.9, 0.99),
         ),
         (
             "Reduction",
             "suffix:nats",
-            "By how much the method lowered a token's entropy, on average over all tokens, changed or not.",
+            "Mean reduction of a token's entropy, over all tokens, changed or not.",
             {"{{model}} {{method}}": mean("em_inf_entropy_reduction_nats", OURS, "model, method")},
         ),
         (
@@ -193,7 +193,7 @@ ROWS: dict[str, list[Panel]] = {
             "percentunit",
             "Share of the tokens whose distribution was changed.",
             {
-                "{{model}} {{method}}": share(
+                "{{model}} {{method}}": ratio(
                     "em_inf_optimized_tokens_total", "em_inf_tokens_total", OURS, "model, method"
                 )
             },
@@ -201,21 +201,21 @@ ROWS: dict[str, list[Panel]] = {
         (
             "Steps",
             "none",
-            "Gradient steps for each token that was changed. Near the requests' limit, the limit is what ends them.",
+            "Gradient steps per changed token. Near the requests' max_steps, that limit ends the optimisation.",
             {
-                "{{model}} {{method}}": share(
+                "{{model}} {{method}}": ratio(
                     "em_inf_steps_total", "em_inf_optimized_tokens_total", OURS, "model, method"
                 )
             },
         ),
         (
-            "Tokens without statistics",
+            "Tokens without stats",
             "percentunit",
-            "Of all tokens: came too late, were given up in the worker, or had logits that are NaN or infinite.",
+            "Shares of all tokens: stats missing, stats dropped in the worker, logits NaN or infinite.",
             {
-                "missing {{model}}": share("em_inf_missing_tokens_total", "em_inf_tokens_total", OURS, "model"),
-                "dropped {{model}}": share("em_inf_records_dropped_total", "em_inf_tokens_total", OURS, "model"),
-                "not finite {{model}}": share(
+                "missing {{model}}": ratio("em_inf_missing_tokens_total", "em_inf_tokens_total", OURS, "model"),
+                "dropped {{model}}": ratio("em_inf_records_dropped_total", "em_inf_tokens_total", OURS, "model"),
+                "not finite {{model}}": ratio(
                     "em_inf_passed_through_tokens_total", "em_inf_tokens_total", OURS, "model"
                 ),
             },
@@ -227,9 +227,9 @@ ROWS: dict[str, list[Panel]] = {
             {"{{model}}": f"em_inf:transform:share5m{{{OURS}}}"},
         ),
         (
-            "Requests observed",
+            "Tracked requests",
             "short",
-            "Requests whose statistics are being collected. It follows those in the engines; what stays is a leak.",
+            "Requests whose stats are being collected. Follows the engines' requests; a lasting excess is a leak.",
             {"{{model}}": f"sum by (model) (em_inf_tracked_requests{{{OURS}}})"},
         ),
     ],
@@ -237,7 +237,7 @@ ROWS: dict[str, list[Panel]] = {
         (
             "Branches",
             "reqps",
-            "Engine requests that strategies made, by how they ended.",
+            "Engine requests that strategies started, by outcome.",
             {
                 f"{state} {{{{strategy}}}}": rate(f"em_inf_strategy_branches_{state}_total", OURS, "strategy")
                 for state in ("started", "completed", "cancelled", "failed")
@@ -252,30 +252,30 @@ ROWS: dict[str, list[Panel]] = {
         (
             "Agreement",
             "percentunit",
-            "Share of the votes that the winning answer had: the mean, and the worst tenth of the requests.",
+            "Share of the votes for the winning answer: mean, and 10th percentile of the requests.",
             {"mean {{model}} {{strategy}}": mean("em_inf_strategy_agreement", OURS, "model, strategy")}
             | quantiles("em_inf_strategy_agreement", OURS, "model, strategy", "{{model}} {{strategy}}", 0.1),
         ),
         (
             "Tokens saved",
             "suffix:tokens/s",
-            "By branches that were ended early. An estimate.",
+            "Estimate of the tokens that cancelled and never-started branches would have cost.",
             {"{{strategy}}": rate("em_inf_strategy_tokens_saved_total", OURS, "strategy")},
         ),
     ],
 }
 
 
-def panel(number: int, place: dict[str, int], about: Panel) -> dict[str, Any]:
-    """A panel of Grafana's."""
-    title, unit, description, queries = about
+def panel(panel_id: int, position: dict[str, int], content: Panel) -> dict[str, Any]:
+    """Return a Grafana time series panel."""
+    title, unit, description, queries = content
     return {
-        "id": number,
+        "id": panel_id,
         "type": "timeseries",
         "title": title,
         "description": description,
         "datasource": SOURCE,
-        "gridPos": place,
+        "gridPos": position,
         "fieldConfig": {
             "defaults": {"unit": unit, "min": 0, "custom": {"showPoints": "never"}},
             "overrides": [],
@@ -292,25 +292,25 @@ def panel(number: int, place: dict[str, int], about: Panel) -> dict[str, Any]:
 
 
 def panels() -> list[dict[str, Any]]:
-    """Rows one below the other, their panels side by side."""
+    """Return the rows and their panels, laid out left to right, top to bottom."""
     made: list[dict[str, Any]] = []
     y = 0
     for title, row in ROWS.items():
-        place = {"x": 0, "y": y, "w": ACROSS, "h": 1}
+        position = {"x": 0, "y": y, "w": PAGE_WIDTH, "h": 1}
         made.append(
-            {"id": len(made) + 1, "type": "row", "title": title, "collapsed": False, "gridPos": place, "panels": []}
+            {"id": len(made) + 1, "type": "row", "title": title, "collapsed": False, "gridPos": position, "panels": []}
         )
         y += 1
-        for first in range(0, len(row), ACROSS // WIDTH):
-            for column, about in enumerate(row[first : first + ACROSS // WIDTH]):
-                place = {"x": WIDTH * column, "y": y, "w": WIDTH, "h": HEIGHT}
-                made.append(panel(len(made) + 1, place, about))
-            y += HEIGHT
+        for first in range(0, len(row), PAGE_WIDTH // PANEL_WIDTH):
+            for column, content in enumerate(row[first : first + PAGE_WIDTH // PANEL_WIDTH]):
+                position = {"x": PANEL_WIDTH * column, "y": y, "w": PANEL_WIDTH, "h": PANEL_HEIGHT}
+                made.append(panel(len(made) + 1, position, content))
+            y += PANEL_HEIGHT
     return made
 
 
-def choice(name: str, values: str) -> dict[str, Any]:
-    """A variable with the values of a label; "All" is any value, and none: compose sets no namespace."""
+def variable(name: str, values: str) -> dict[str, Any]:
+    """Return a variable over a label's values. "All" also matches no label: compose sets no namespace."""
     return {
         "name": name,
         "label": name,
@@ -327,16 +327,16 @@ def choice(name: str, values: str) -> dict[str, Any]:
 
 
 def dashboard() -> dict[str, Any]:
-    """All of it."""
+    """Return the complete dashboard."""
     source = {"name": "datasource", "label": "datasource", "type": "datasource", "query": "prometheus", "current": {}}
-    model = choice("model", 'label_values(vllm:num_requests_running{namespace=~"$namespace"}, model_name)')
-    namespace = choice("namespace", "label_values(vllm:num_requests_running, namespace)")
+    model = variable("model", 'label_values(vllm:num_requests_running{namespace=~"$namespace"}, model_name)')
+    namespace = variable("namespace", "label_values(vllm:num_requests_running, namespace)")
     return {
         "uid": "em-inf-server",
         "title": "em-inf-server",
-        "description": "Objectives, throughput, queue and cache, entropy, strategies. Needs what rules.yaml records.",
+        "description": "Objectives, throughput, queue and cache, entropy, strategies. Needs the rules of rules.yaml.",
         "tags": ["em-inf", "vllm"],
-        "schemaVersion": 39,  # Grafana 10.4's; newer ones bring it up to date themselves
+        "schemaVersion": 39,  # that of Grafana 10.4; newer versions migrate it on load
         "editable": True,
         "graphTooltip": 1,  # one crosshair for all panels
         "time": {"from": "now-6h", "to": "now"},
@@ -349,7 +349,7 @@ def dashboard() -> dict[str, Any]:
 
 if __name__ == "__main__":
     text = json.dumps(dashboard(), indent=1) + "\n"
-    if sys.argv[1:] == ["-"]:  # to look at
+    if sys.argv[1:] == ["-"]:  # print, for the test
         sys.stdout.write(text)
     else:
         Path(__file__).with_suffix(".json").write_text(text)

@@ -1,4 +1,4 @@
-"""The Dockerfile and scripts/image-*.sh: what the Dockerfile declares, and each of its steps run in an isolated environment."""
+"""The Dockerfile and scripts/image-*.sh: declarations, and each step run in an isolated environment."""
 
 import os
 import re
@@ -9,6 +9,7 @@ import threading
 import tomllib
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from importlib import metadata
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -70,9 +71,7 @@ def test_labels_are_the_projects_version_and_the_commit(target: str, tmp_path: P
 
     assert arguments[:5] == ["build", "--target", target, "--tag", f"em-inf-server:{target}"]
     assert arguments[-2:] == ["--no-cache", "."]
-    given = dict(
-        value.split("=", 1) for flag, value in zip(arguments, arguments[1:], strict=False) if flag == "--build-arg"
-    )
+    given = dict(value.split("=", 1) for flag, value in pairwise(arguments) if flag == "--build-arg")
     assert given["VERSION"] == PROJECT["version"]
     assert given["REVISION"] == (run("git", "rev-parse", "HEAD", cwd=ROOT).stdout.strip() or "unknown")
     assert {argument.text.split("=")[0] for argument in DOCKERFILE.of(target, "ARG")} == given.keys()
@@ -158,7 +157,7 @@ def checkout(tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def linked_environment(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Make a virtual environment with torch and the packages of cpu.lock, linked from the environment that runs the tests."""
+    """Make a virtual environment with torch and cpu.lock, linked from the environment that runs the tests."""
     stamp = BIN.parent / "installed"  # scripts/install.sh writes it
     if not stamp.exists() or not stamp.read_text().startswith("cpu "):
         pytest.skip("this environment was not installed from cpu.lock")

@@ -1,6 +1,6 @@
 #!/bin/sh
-# Wraps deploy/monitoring/rules.yaml, a plain Prometheus rule file, in the object that the Prometheus Operator reads:
-# kustomize cannot. Run it when the rules have changed; a test compares the two.
+# Write prometheusrule.yaml: deploy/monitoring/rules.yaml, a plain Prometheus rule file, wrapped in the object that the
+# Prometheus Operator reads. kustomize cannot do that. Run this after every change of the rules; a test compares the two files.
 set -eu
 cd "$(dirname "$0")"
 {
