@@ -1,4 +1,4 @@
-"""The block's place in a reply, and that the rest of the reply stays as vLLM wrote it."""
+"""What we add to a response is in its place, and the rest stays as vLLM wrote it."""
 
 import asyncio
 import contextlib
@@ -13,8 +13,8 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Message
 
-from server import response
-from server.response import ReplyStatistics, with_statistics
+from server.response import ResponseExtras, with_extras
+from server.stats import collector
 from server.stats.collector import RequestStats
 
 BODY = {
@@ -22,7 +22,7 @@ BODY = {
     "choices": [{"index": 0, "message": {"role": "assistant", "content": 'Größe: {"a": 1}} ] \u2028 \n'}}],
     "usage": {"completion_tokens": 2, "prompt_tokens_details": None},
 }
-ENTRY = {
+SUMMARY = {
     "index": 0,
     "tokens": 2,
     "optimized_tokens": 1,
@@ -34,41 +34,41 @@ ENTRY = {
 PER_TOKEN = [{"before": 2.0, "after": 1.0, "steps": 3}, {"before": 0.5, "after": 0.5, "steps": 0}]
 
 
-def tally(*choices: list[tuple[float, float, int]]) -> RequestStats:
-    """A settled request with these tokens."""
-    done = RequestStats(0, "em_inf", len(choices))
-    for choice, tokens in zip(done.choices, choices, strict=True):
+def final_stats(*choices: list[tuple[float, float, int]]) -> RequestStats:
+    """Make the final stats of a request from its choices' tokens: entropy before, entropy after, steps."""
+    request = RequestStats(0, "em_inf", len(choices))
+    for choice, tokens in zip(request.choices, choices, strict=True):
         choice.tokens, choice.by_position = len(tokens), dict(enumerate(tokens))
         choice.finalize()
-    done.final.set()
-    return done
+    request.final.set()
+    return request
 
 
-def statistics(stats: str = "summary") -> ReplyStatistics:
-    asked = ReplyStatistics(stats, each_its_choice=False)
-    asked.tallies.append(tally([(2.0, 1.0, 3), (0.5, 0.5, 0)]))
-    return asked
+def extras(stats: str = "summary") -> ResponseExtras:
+    made = ResponseExtras(stats, one_choice_set_per_prompt=False)
+    made.request_stats.append(final_stats([(2.0, 1.0, 3), (0.5, 0.5, 0)]))
+    return made
 
 
-def answered(response: Response, asked: ReplyStatistics) -> tuple[Response, list[str]]:
-    """The response with the statistics, and the outcomes that were told."""
+def extended(response: Response, added: ResponseExtras) -> tuple[Response, list[str]]:
+    """Return the response with the extras, and the outcomes that were reported."""
     outcomes: list[str] = []
-    return asyncio.run(with_statistics(response, asked, outcomes.append)), outcomes
+    return asyncio.run(with_extras(response, added, outcomes.append)), outcomes
 
 
-# Which entries
+# The summaries
 
 
-def block(stats: str, each_its_choice: bool, *tallies: RequestStats) -> list[dict[str, Any]]:
-    asked = ReplyStatistics(stats, each_its_choice)
-    asked.tallies.extend(tallies)
-    return asyncio.run(asked.block())
+def em_inf_summary(stats: str, one_choice_set_per_prompt: bool, *requests: RequestStats) -> list[dict[str, Any]]:
+    made = ResponseExtras(stats, one_choice_set_per_prompt)
+    made.request_stats.extend(requests)
+    return asyncio.run(made.em_inf_summary())
 
 
-def test_each_prompt_has_choices_of_its_own() -> None:
+def test_each_prompt_adds_its_choices() -> None:
     one, two = [(1.0, 0.5, 1)], [(1.0, 0.5, 2)]
-    entries = block("summary", True, tally(one, two), tally([*one, *two], []))
-    assert [(entry["index"], entry["tokens"], entry["steps"]) for entry in entries] == [
+    choices = em_inf_summary("summary", True, final_stats(one, two), final_stats([*one, *two], []))
+    assert [(choice["index"], choice["tokens"], choice["steps"]) for choice in choices] == [
         (0, 1, 1),
         (1, 1, 2),
         (2, 2, 3),
@@ -76,18 +76,19 @@ def test_each_prompt_has_choices_of_its_own() -> None:
     ]
 
 
-def test_turns_of_one_reply_share_its_entry() -> None:
-    entries = block("tokens", False, tally([(1.0, 0.5, 1)]), tally([(3.0, 0.5, 2), (2.0, 0.5, 4)]))
-    assert [entry["index"] for entry in entries] == [0]
-    assert entries[0]["entropy_before"] == 2.0
-    assert [token["steps"] for token in entries[0]["per_token"]] == [1, 2, 4]
+def test_turns_of_one_choice_share_a_summary() -> None:
+    turns = final_stats([(1.0, 0.5, 1)]), final_stats([(3.0, 0.5, 2), (2.0, 0.5, 4)])
+    choices = em_inf_summary("tokens", False, *turns)
+    assert [choice["index"] for choice in choices] == [0]
+    assert choices[0]["entropy_before"] == 2.0
+    assert [token["steps"] for token in choices[0]["per_token"]] == [1, 2, 4]
 
 
-def test_a_block_waits_for_its_requests_but_not_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
-    async def settle_while_waited_for(late: RequestStats) -> list[dict[str, Any]]:
-        asked = ReplyStatistics("summary", each_its_choice=False)
-        asked.tallies.append(late)
-        waiting = asyncio.create_task(asked.block())
+def test_a_summary_waits_for_late_stats_but_not_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def finalize_while_waiting(late: RequestStats) -> list[dict[str, Any]]:
+        made = ResponseExtras("summary", one_choice_set_per_prompt=False)
+        made.request_stats.append(late)
+        waiting = asyncio.create_task(made.em_inf_summary())
         await asyncio.sleep(0)
         assert not waiting.done()
         late.choices[0].tokens, late.choices[0].by_position = 1, {0: (1.0, 0.5, 7)}
@@ -95,36 +96,36 @@ def test_a_block_waits_for_its_requests_but_not_for_ever(monkeypatch: pytest.Mon
         late.final.set()
         return await waiting
 
-    assert asyncio.run(settle_while_waited_for(RequestStats(0, "em_inf", 1)))[0]["steps"] == 7
-    monkeypatch.setattr(response, "GRACE", 0.01)
+    assert asyncio.run(finalize_while_waiting(RequestStats(0, "em_inf", 1)))[0]["steps"] == 7
+    monkeypatch.setattr(collector, "RESPONSE_TIMEOUT_S", 0.01)
     never = RequestStats(1, "em_inf", 1)
     never.choices[0].tokens = 3
-    (entry,) = block("tokens", False, never)
-    assert (entry["tokens"], entry["missing"], entry["per_token"]) == (3, 3, [None] * 3)
+    (choice,) = em_inf_summary("tokens", False, never)
+    assert (choice["tokens"], choice["missing"], choice["per_token"]) == (3, 3, [None] * 3)
 
 
 # Objects
 
 
-@pytest.mark.parametrize(("stats", "entry"), [("summary", ENTRY), ("tokens", ENTRY | {"per_token": PER_TOKEN})])
-def test_an_object_gets_the_block_beside_its_usage(stats: str, entry: dict[str, Any]) -> None:
-    response, outcomes = answered(JSONResponse(BODY), statistics(stats))
-    assert json.loads(bytes(response.body)) == {**BODY, "em_inf": [entry]}
+@pytest.mark.parametrize(("stats", "summary"), [("summary", SUMMARY), ("tokens", SUMMARY | {"per_token": PER_TOKEN})])
+def test_an_object_gets_the_summary_beside_its_usage(stats: str, summary: dict[str, Any]) -> None:
+    response, outcomes = extended(JSONResponse(BODY), extras(stats))
+    assert json.loads(bytes(response.body)) == {**BODY, "em_inf": [summary]}
     assert bytes(response.body).startswith(JSONResponse(BODY).body[:-1])
     assert response.headers.getlist("content-length") == [str(len(response.body))]
     assert response.headers["content-type"] == "application/json"
     assert outcomes == ["completed"]
 
 
-def test_white_space_after_an_object_is_no_obstacle() -> None:
-    response, _ = answered(Response(json.dumps(BODY, indent=1) + "\n\n", media_type="application/json"), statistics())
-    assert json.loads(bytes(response.body)) == {**BODY, "em_inf": [ENTRY]}
+def test_white_space_after_an_object_is_accepted() -> None:
+    response, _ = extended(Response(json.dumps(BODY, indent=1) + "\n\n", media_type="application/json"), extras())
+    assert json.loads(bytes(response.body)) == {**BODY, "em_inf": [SUMMARY]}
 
 
-def test_numbers_that_json_does_not_know_stay_out() -> None:
-    asked = ReplyStatistics("tokens", each_its_choice=False)
-    asked.tallies.append(tally([(math.nan, math.nan, 0)]))
-    response, _ = answered(JSONResponse({"id": "x"}), asked)
+def test_nan_becomes_null() -> None:
+    made = ResponseExtras("tokens", one_choice_set_per_prompt=False)
+    made.request_stats.append(final_stats([(math.nan, math.nan, 0)]))
+    response, _ = extended(JSONResponse({"id": "x"}), made)
     assert b"NaN" not in response.body
     assert json.loads(bytes(response.body))["em_inf"][0]["per_token"] == [{"before": None, "after": None, "steps": 0}]
 
@@ -132,16 +133,16 @@ def test_numbers_that_json_does_not_know_stay_out() -> None:
 @pytest.mark.parametrize(
     ("status", "outcome"), [(400, "rejected"), (404, "rejected"), (500, "failed"), (503, "failed")]
 )
-def test_an_error_is_left_as_it_is(status: int, outcome: str) -> None:
+def test_an_error_keeps_every_byte(status: int, outcome: str) -> None:
     error = {"error": {"message": "no", "code": status}}
-    response, outcomes = answered(JSONResponse(error, status_code=status), statistics())
+    response, outcomes = extended(JSONResponse(error, status_code=status), extras())
     assert response.body == JSONResponse(error).body
     assert response.headers["content-length"] == str(len(response.body))
     assert outcomes == [outcome]
 
 
-def test_an_object_without_statistics_keeps_every_byte() -> None:
-    response, outcomes = answered(JSONResponse(BODY), statistics("none"))
+def test_an_object_without_extras_keeps_every_byte() -> None:
+    response, outcomes = extended(JSONResponse(BODY), extras("none"))
     assert response.body == JSONResponse(BODY).body
     assert outcomes == ["completed"]
 
@@ -150,8 +151,8 @@ def test_an_object_without_statistics_keeps_every_byte() -> None:
 
 
 def event(**fields: Any) -> str:
-    head = {"id": "chatcmpl-1", "object": "chat.completion.chunk", "created": 17, "model": "demo"}
-    return f"data: {json.dumps(head | fields)}\n\n"
+    header = {"id": "chatcmpl-1", "object": "chat.completion.chunk", "created": 17, "model": "demo"}
+    return f"data: {json.dumps(header | fields)}\n\n"
 
 
 FIRST = event(choices=[{"index": 0, "delta": {"content": "data: [DONE]"}}], system_fingerprint="f")
@@ -162,7 +163,7 @@ DONE = "data: [DONE]\n\n"
 
 
 async def deliver(response: Response, got: list[str], spec_version: str = "2.3", gone_after: int | None = None) -> None:
-    """Call the response as uvicorn would; the client goes away after so many events."""
+    """Call the response as uvicorn would; the client disconnects after `gone_after` events."""
     left = asyncio.Event()
 
     async def receive() -> Message:
@@ -183,8 +184,8 @@ async def deliver(response: Response, got: list[str], spec_version: str = "2.3",
         await response(scope, receive, send)
 
 
-def streamed(events: list[str], asked: ReplyStatistics) -> tuple[list[str], list[str]]:
-    """(the events that the client gets, the outcomes that were told)."""
+def streamed(events: list[str], added: ResponseExtras) -> tuple[list[str], list[str]]:
+    """Return the events that the client gets, and the outcomes that were reported."""
     outcomes: list[str] = []
     got: list[str] = []
 
@@ -193,8 +194,8 @@ def streamed(events: list[str], asked: ReplyStatistics) -> tuple[list[str], list
             yield one
 
     async def main() -> None:
-        response = await with_statistics(StreamingResponse(generate()), asked, outcomes.append)
-        assert outcomes == []  # not before the stream's end
+        response = await with_extras(StreamingResponse(generate()), added, outcomes.append)
+        assert outcomes == []  # reported at the stream's end
         await deliver(response, got)
 
     asyncio.run(main())
@@ -206,7 +207,7 @@ def test_a_stream_keeps_its_status_headers_and_background_task() -> None:
         headers = {"x-request-id": "7", "content-type": "text/event-stream; charset=utf-8"}
         background = BackgroundTask(print)
         stream = StreamingResponse(iter([DONE]), status_code=203, headers=headers, background=background)
-        response = await with_statistics(stream, statistics(), [].append)
+        response = await with_extras(stream, extras(), [].append)
         assert (response.status_code, response.raw_headers) == (203, stream.raw_headers)
         assert dict(response.headers) == headers
         assert response.background is background
@@ -216,7 +217,7 @@ def test_a_stream_keeps_its_status_headers_and_background_task() -> None:
 
 @pytest.mark.parametrize("events", [[FIRST], [FIRST, USAGE], [FIRST, KEEP_ALIVE], [KEEP_ALIVE, FIRST, KEEP_ALIVE]])
 def test_a_stream_gets_a_chunk_before_its_end(events: list[str]) -> None:
-    got, outcomes = streamed([*events, DONE], statistics())
+    got, outcomes = streamed([*events, DONE], extras())
     assert got[:-2] == events
     assert got[-1] == DONE
     assert got[-2].startswith("data: {") and got[-2].endswith("}\n\n") and got[-2].count("\n") == 2
@@ -226,19 +227,19 @@ def test_a_stream_gets_a_chunk_before_its_end(events: list[str]) -> None:
         "created": 17,
         "model": "demo",
         "choices": [],
-        "em_inf": [ENTRY],
+        "em_inf": [SUMMARY],
     }
     assert outcomes == ["completed"]
 
 
-def test_a_stream_without_a_chunk_ends_as_it_would_have() -> None:
-    """No statistic is worth a broken stream: there is nothing to take an id from."""
-    got, outcomes = streamed([KEEP_ALIVE, DONE], statistics())
+def test_a_stream_without_a_chunk_is_not_broken() -> None:
+    """There is no chunk to copy the id from, so ours has none."""
+    got, outcomes = streamed([KEEP_ALIVE, DONE], extras())
     assert (got[0], got[-1], outcomes) == (KEEP_ALIVE, DONE, ["completed"])
-    assert json.loads(got[1].removeprefix("data: ")) == {"choices": [], "em_inf": [ENTRY]}
+    assert json.loads(got[1].removeprefix("data: ")) == {"choices": [], "em_inf": [SUMMARY]}
 
 
-def test_a_stream_is_relayed_as_it_comes() -> None:
+def test_a_stream_is_passed_on_event_by_event() -> None:
     """No event waits for the one after it."""
     outcomes: list[str] = []
     made: list[str] = []
@@ -249,7 +250,7 @@ def test_a_stream_is_relayed_as_it_comes() -> None:
             yield one
 
     async def main() -> None:
-        response = await with_statistics(StreamingResponse(generate()), statistics(), outcomes.append)
+        response = await with_extras(StreamingResponse(generate()), extras(), outcomes.append)
         assert isinstance(response, StreamingResponse)
         seen = [(str(one), len(made)) async for one in response.body_iterator]
         assert [number for _, number in seen] == [1, 2, 3, 3]
@@ -258,15 +259,15 @@ def test_a_stream_is_relayed_as_it_comes() -> None:
     asyncio.run(main())
 
 
-def test_a_stream_with_an_error_has_no_block() -> None:
-    got, outcomes = streamed([FIRST, ERROR, DONE], statistics())
+def test_a_stream_with_an_error_gets_no_chunk() -> None:
+    got, outcomes = streamed([FIRST, ERROR, DONE], extras())
     assert got == [FIRST, ERROR, DONE]
     assert outcomes == ["failed"]
 
 
 @pytest.mark.parametrize(("events", "outcome"), [([FIRST, DONE], "completed"), ([FIRST, ERROR, DONE], "failed")])
-def test_a_stream_without_statistics_is_only_watched(events: list[str], outcome: str) -> None:
-    assert streamed(events, statistics("none")) == (events, [outcome])
+def test_a_stream_without_extras_only_reports_its_outcome(events: list[str], outcome: str) -> None:
+    assert streamed(events, extras("none")) == (events, [outcome])
 
 
 def response_event(name: str, **response: Any) -> str:
@@ -279,11 +280,11 @@ def response_event(name: str, **response: Any) -> str:
 
 
 @pytest.mark.parametrize("end", ["response.completed", "response.incomplete", "response.failed"])
-def test_the_responses_api_has_it_in_its_closing_event(end: str) -> None:
+def test_the_responses_api_has_the_summary_in_its_last_event(end: str) -> None:
     created = response_event("response.created", usage=None)
     delta = 'event: response.output_text.delta\ndata: {"type":"response.output_text.delta","delta":"\\ndata: 4"}\n\n'
     text = "Größe\ndata: {}"
-    got, outcomes = streamed([created, delta, response_event(end, output=[text])], statistics())
+    got, outcomes = streamed([created, delta, response_event(end, output=[text])], extras())
     assert got[:2] == [created, delta]
     name, data, *rest = got[2].split("\n")
     assert name == f"event: {end}"
@@ -291,22 +292,22 @@ def test_the_responses_api_has_it_in_its_closing_event(end: str) -> None:
     assert json.loads(data.removeprefix("data: ")) == {
         "type": end,
         "sequence_number": 9,
-        "response": {"id": "resp_1", "usage": {"output_tokens": 2}, "output": [text], "em_inf": [ENTRY]},
+        "response": {"id": "resp_1", "usage": {"output_tokens": 2}, "output": [text], "em_inf": [SUMMARY]},
     }
     assert len(outcomes) == 1
 
 
 @pytest.mark.parametrize("stats", ["none", "summary"])
-def test_how_a_response_ended_is_told(stats: str) -> None:
-    assert streamed([response_event("response.completed")], statistics(stats))[1] == ["completed"]
-    assert streamed([response_event("response.failed")], statistics(stats))[1] == ["failed"]
+def test_the_outcome_of_a_responses_api_stream_is_reported(stats: str) -> None:
+    assert streamed([response_event("response.completed")], extras(stats))[1] == ["completed"]
+    assert streamed([response_event("response.failed")], extras(stats))[1] == ["failed"]
 
 
 @pytest.mark.parametrize("stats", ["none", "summary"])
 @pytest.mark.parametrize("spec_version", ["2.3", "2.4"])
 @pytest.mark.parametrize("gone_after", [0, 1])
-def test_a_client_that_leaves_is_told_of_once(gone_after: int, spec_version: str, stats: str) -> None:
-    """Also one that leaves before the first event, whose generator never runs."""
+def test_a_client_that_disconnects_is_reported_once(gone_after: int, spec_version: str, stats: str) -> None:
+    """Also before the first event, when the generator never runs."""
     outcomes: list[str] = []
 
     async def generate() -> AsyncIterator[str]:
@@ -315,14 +316,14 @@ def test_a_client_that_leaves_is_told_of_once(gone_after: int, spec_version: str
         yield DONE
 
     async def main() -> None:
-        response = await with_statistics(StreamingResponse(generate()), statistics(stats), outcomes.append)
+        response = await with_extras(StreamingResponse(generate()), extras(stats), outcomes.append)
         await deliver(response, [], spec_version, gone_after)
 
     asyncio.run(main())
     assert outcomes == ["aborted"]
 
 
-def test_a_stream_that_breaks_has_failed() -> None:
+def test_a_stream_that_raises_has_failed() -> None:
     outcomes: list[str] = []
 
     async def generate() -> AsyncIterator[str]:
@@ -330,7 +331,7 @@ def test_a_stream_that_breaks_has_failed() -> None:
         raise RuntimeError("the engine is dead")
 
     async def main() -> None:
-        response = await with_statistics(StreamingResponse(generate()), statistics(), outcomes.append)
+        response = await with_extras(StreamingResponse(generate()), extras(), outcomes.append)
         await deliver(response, [], "2.4")
 
     with pytest.raises(RuntimeError, match="the engine is dead"):
