@@ -1,6 +1,6 @@
-"""Model folders without weights for `--load-format dummy`: a Qwen2 config of a size, and a tokenizer as large.
+"""Writes model folders without weights for `--load-format dummy`: a Qwen2 config and a tokenizer of the same size.
 
-Nothing is downloaded. The tokenizer knows bytes and, up to the vocabulary's size, tokens that no text has.
+Nothing is downloaded. The tokenizer has a token for each byte, and fills its vocabulary with tokens that no text has.
 """
 
 from pathlib import Path
@@ -16,11 +16,11 @@ COMMON: dict[str, Any] = {
     "max_position_embeddings": 4096,
     "eos_token_id": 0,
     "pad_token_id": 0,
-    # Of the weights that transformers draws. vLLM's dummy weights are as small, so both models' rows are flat.
+    # For the weights that transformers draws. vLLM's dummy weights are as small: the rows of both models are flat.
     "initializer_range": 1e-3,
 }
 SIZES: dict[str, dict[str, Any]] = {
-    # Qwen2's vocabulary on layers that cost next to nothing: the last one and the sampler are all there is.
+    # Qwen2's vocabulary on layers that cost almost nothing: nearly all of the time is the last layer and the sampler.
     "vocab151k": {
         "vocab_size": 151_936,
         "hidden_size": 256,
@@ -54,8 +54,8 @@ SIZES: dict[str, dict[str, Any]] = {
 }
 
 
-def write_model(folder: Path, size: str) -> None:
-    """config.json and the tokenizer's files of one of SIZES."""
+def write_model_folder(folder: Path, size: str) -> None:
+    """Write config.json and the tokenizer's files; `size` is one of SIZES."""
     config = Qwen2Config(**COMMON, **SIZES[size])
     config.save_pretrained(folder)
     _tokenizer(config.vocab_size).save_pretrained(folder)

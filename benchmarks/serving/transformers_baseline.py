@@ -1,6 +1,6 @@
-"""The released way: transformers' `generate`, one prompt at a time, with the released method on every token.
+"""The released method as it is published: transformers' `generate`, one prompt at a time, EM-INF on every token.
 
-On the device there is; on the CPU with as many threads as the servers' model has. The same folder that they serve.
+It uses the model folder that the servers use; on the CPU with as many threads as the servers' model has.
 """
 
 import time
@@ -11,15 +11,22 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from benchmarks.launch import THREADS
-from benchmarks.released import ReleasedProcessor
+from benchmarks.released_method import ReleasedProcessor
 from em_sampler.params import EMInfParams
+from harness.launch import THREADS
 
 
 def released_rates(folder: Path, prompts: Sequence[list[int]], tokens: int, dummy: bool) -> Iterator[float]:
-    """Output tokens per second of each prompt; one more goes before them to warm up."""
+    """Yield output tokens per second of each prompt, after a first run that warms up.
+
+    Args:
+        folder: model folder.
+        prompts: token ids.
+        tokens: output tokens of each prompt.
+        dummy: the folder has no weights; use random ones.
+    """
     torch.set_num_threads(THREADS)
-    model = _model(folder, dummy)
+    model = _load_model(folder, dummy)
     _generate(model, prompts[0], tokens)
     for prompt in prompts:
         start = time.perf_counter()
@@ -27,11 +34,11 @@ def released_rates(folder: Path, prompts: Sequence[list[int]], tokens: int, dumm
         yield tokens / (time.perf_counter() - start)
 
 
-def _model(folder: Path, dummy: bool) -> Any:
+def _load_model(folder: Path, dummy: bool) -> Any:
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         config = AutoConfig.from_pretrained(folder)
         if dummy:
-            model = AutoModelForCausalLM.from_config(config, dtype=config.dtype).eval()
+            model = AutoModelForCausalLM.from_config(config, dtype=config.dtype).eval()  # type: ignore[no-untyped-call]
         else:
             model = AutoModelForCausalLM.from_pretrained(folder, dtype=config.dtype)
     model.generation_config.eos_token_id = None  # as ignore_eos; min_new_tokens would forbid the token instead

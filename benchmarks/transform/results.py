@@ -100,8 +100,8 @@ class Result:
         host = "" if self.host_us == self.time_us else f", {self.host_us:,.1f} us of the host"
         quartiles = f"({self.x_log_softmax_low:.2f} to {self.x_log_softmax_high:.2f})"
         return (
-            f"{self.implementation:9} {self.time_us:11,.1f} us {self.gb_per_s:8,.1f} GB/s  {self.of_copy:7.1%} of a copy's  "
-            f"{self.x_log_softmax:7.2f} x log_softmax {quartiles}{host}"
+            f"{self.implementation:9} {self.time_us:11,.1f} us {self.gb_per_s:8,.1f} GB/s  "
+            f"{self.of_copy:7.1%} of a copy's  {self.x_log_softmax:7.2f} x log_softmax {quartiles}{host}"
         )
 
 
@@ -110,15 +110,9 @@ class Results(list[Result]):
 
     def get(self, implementation: str, case: Case) -> Result | None:
         """Return None if it was not measured or failed."""
-        wanted = asdict(case)
-        for result in self:
-            if (
-                result.implementation == implementation
-                and result.ok
-                and all(getattr(result, k) == v for k, v in wanted.items())
-            ):
-                return result
-        return None
+        wanted = asdict(case) | {"implementation": implementation, "status": "ok"}
+        matching = (result for result in self if all(getattr(result, k) == v for k, v in wanted.items()))
+        return next(matching, None)
 
     def save(self, path: Path, machine: Machine) -> None:
         """Write CSV: the machine's columns, then the result's."""

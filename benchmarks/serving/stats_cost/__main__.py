@@ -1,7 +1,7 @@
-"""What statistics cost: output tokens per second with none, a summary, and every token's entropy, in one server.
+"""What stats cost: output tokens/s with none, with summaries, and with every token's entropy, on one server.
 
-`.venv/bin/python -m benchmarks.telemetry`; figures: docs/findings/statistics-cost.md. The arms take turns within
-each round, so that what else the machine does meets all of them; a ratio is of two arms of one round.
+`.venv/bin/python -m benchmarks.serving.stats_cost`; figures: docs/findings/statistics-cost.md. The configs alternate
+within each round, so that other load on the machine affects all of them; a ratio is of two configs of one round.
 """
 
 import argparse
@@ -10,53 +10,54 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks.launch import EM_SERVE, serve
-from benchmarks.load import client, turn
-from benchmarks.ratios import paired, spread
+from benchmarks.completions import measure_rate, open_client
+from benchmarks.intervals import median_and_range, paired_ratios
+from harness.launch import EM_SERVE, serve
 
-ARMS: dict[str, Any] = {
+CONFIGS: dict[str, Any] = {
     "no em_inf": False,
     "none": {"stats": "none"},
     "summary": {"stats": "summary"},
     "tokens": {"stats": "tokens"},
 }
 BASELINE = "none"
-PROMPT = "Q"  # nothing the demo model was trained on: its next characters are open, and EM-INF has work to do
+PROMPT = "Q"  # the demo model was never trained on it: its next tokens are uncertain, so that EM-INF has work to do
 
 
 async def measure(url: str, args: argparse.Namespace) -> dict[str, list[float]]:
-    """Output tokens per second, by arm and round."""
-    rates: dict[str, list[float]] = {name: [] for name in ARMS}
+    """Return output tokens per second of each round, by config."""
+    rates: dict[str, list[float]] = {name: [] for name in CONFIGS}
     common = {"model": "demo", "prompt": PROMPT, "max_tokens": args.tokens, "ignore_eos": True}
-    async with client(url) as http:
+    async with open_client(url) as client:
         for number in range(-1, args.rounds):  # the first round warms up
-            names = list(ARMS)
+            names = list(CONFIGS)
             for name in names if number % 2 else reversed(names):
-                bodies = [common | {"em_inf": ARMS[name]}] * args.requests
-                rate, answers = await turn(http, bodies, args.concurrency)
-                _check(answers, ARMS[name])
+                bodies = [common | {"em_inf": CONFIGS[name]}] * args.requests
+                rate, responses = await measure_rate(client, bodies, args.concurrency)
+                _check(responses, CONFIGS[name])
                 if number >= 0:
                     rates[name].append(rate)
     return rates
 
 
-def _check(answers: list[dict[str, Any]], em_inf: Any) -> None:
+def _check(responses: list[dict[str, Any]], em_inf: Any) -> None:
     wanted = isinstance(em_inf, dict) and em_inf["stats"] != "none"
-    for answer in answers:
-        entries = answer.get("em_inf", [])
-        if bool(entries) != wanted or any(entry["missing"] for entry in entries):
-            raise RuntimeError(f"statistics are wrong: {entries}")
+    for response in responses:
+        summaries = response.get("em_inf", [])
+        if bool(summaries) != wanted or any(summary["missing"] for summary in summaries):
+            raise RuntimeError(f"the stats are wrong: {summaries}")
 
 
 def report(rates: dict[str, list[float]]) -> None:
-    """A row for each arm."""
+    """Print a table with a row for each config."""
     print(f"| stats | output tokens/s | of `{BASELINE}`, same round |\n|---|---|---|")
     for name, values in rates.items():
-        print(f"| {name} | {spread(values, 0)} | {spread(paired(values, rates[BASELINE]), 3)} |")
+        ratios = paired_ratios(values, rates[BASELINE])
+        print(f"| {name} | {median_and_range(values, 0)} | {median_and_range(ratios, 3)} |")
 
 
 def main() -> None:
-    """Start em-serve on the demo model, or use the server given, and measure."""
+    """Start em-serve on the demo model, or use the given server, and measure."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--url", help="a server that runs already (default: start em-serve on the demo model)")
     parser.add_argument("--rounds", type=int, default=10)
