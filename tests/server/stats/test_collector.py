@@ -1,4 +1,4 @@
-"""Records in, summaries out: what a reply waits for, what it leaves out, and that nothing stays behind."""
+"""Messages in, summaries out: what a response waits for, what it leaves out, and that nothing stays behind."""
 
 import asyncio
 import json
@@ -17,13 +17,12 @@ from em_sampler.params import RETURN_ADDRESS_KEY
 from em_sampler.stats.aggregator import ReturnAddress
 from em_sampler.stats.transport import connect, socket_dir
 from em_sampler.stats.wire import TOKEN_DTYPE, TOTALS_DTYPE, VALUES_DTYPE, StructuredArray, add_tokens, pack
-from server.stats.collector import ChoiceStats, RequestStats, StatsCollector, summarize
+from server.stats.collector import ChoiceStats, RequestStats, StatsCollector, TokenStats, summarize
 from server.stats.metrics import Metrics
 
 NAN = math.nan
-NOW = 0.02  # a grace that a test can wait for
-NEVER = 1000.0
-Values = tuple[float, float, int]
+SOON_S = 0.02  # a timeout that a test can wait for
+NEVER_S = 1000.0
 
 
 @pytest.fixture
@@ -33,16 +32,16 @@ def folder() -> Iterator[Path]:
 
 
 def run(folder: Path, test: Callable[[StatsCollector], Awaitable[None]]) -> CollectorRegistry:
-    """Run `test` with statistics of its own; returns their metrics."""
+    """Run `test` with a new collector; return its metrics."""
     registry = CollectorRegistry()
 
     async def main() -> None:
-        statistics = StatsCollector(Metrics("m", registry), f"ipc://{folder}")
+        collector = StatsCollector(Metrics("m", registry), f"ipc://{folder}")
         try:
-            await test(statistics)
+            await test(collector)
         finally:
-            asyncio.get_running_loop().remove_reader(statistics.socket.getsockopt(zmq.FD))
-            statistics.socket.close(linger=0)
+            asyncio.get_running_loop().remove_reader(collector.socket.getsockopt(zmq.FD))
+            collector.socket.close(linger=0)
 
     asyncio.run(main())
     return registry
@@ -52,27 +51,27 @@ def count(registry: CollectorRegistry, name: str, method: str = "em_inf") -> flo
     return registry.get_sample_value(f"em_inf_{name}", {"model": "m", "method": method})
 
 
-def opened(statistics: StatsCollector, choices: int = 1) -> RequestStats:
-    tally = statistics.tally(EMInfParams(), choices)
-    statistics.open(tally)
-    return tally
+def started(collector: StatsCollector, choices: int = 1) -> RequestStats:
+    request = collector.new_request(EMInfParams(), choices)
+    collector.start(request)
+    return request
 
 
-def at(position: int) -> Values:
+def at(position: int) -> TokenStats:
     return 1.0 + position, 0.5, position
 
 
-def records(*tokens: tuple[int, int, int, Values]) -> StructuredArray:
-    """Each (request, choice, position, values)."""
-    flat = [(request, choice, position, *values) for request, choice, position, values in tokens]
+def token_rows(*tokens: tuple[int, int, int, TokenStats]) -> StructuredArray:
+    """TOKEN rows, each made of (request number, choice, position, stats)."""
+    flat = [(number, choice, position, *stats) for number, choice, position, stats in tokens]
     return np.array(flat, dtype=TOKEN_DTYPE)
 
 
-def totals(request: int, choice: int, first: int, upto: int) -> StructuredArray:
-    """Of positions from `first` up to `upto`."""
+def totals(number: int, choice: int, first: int, end: int) -> StructuredArray:
+    """TOTALS [1] of the positions from `first` to before `end`."""
     row = np.zeros(1, dtype=TOTALS_DTYPE)
-    row["request"], row["choice"], row["first"], row["upto"] = request, choice, first, upto
-    values = np.array([at(position) for position in range(first, upto)], dtype=VALUES_DTYPE)
+    row["request_number"], row["choice"], row["first"], row["end"] = number, choice, first, end
+    values = np.array([at(position) for position in range(first, end)], dtype=VALUES_DTYPE)
     add_tokens(row, np.zeros(len(values), dtype=np.intp), values)
     return row
 
@@ -80,81 +79,82 @@ def totals(request: int, choice: int, first: int, upto: int) -> StructuredArray:
 NO_TOKENS, NO_TOTALS = np.zeros(0, TOKEN_DTYPE), np.zeros(0, TOTALS_DTYPE)
 
 
-def receive(statistics: StatsCollector, tokens: StructuredArray = NO_TOKENS, rows: StructuredArray = NO_TOTALS) -> None:
-    statistics.receive(pack([tokens], [rows], 0.0, 0))
+def receive(collector: StatsCollector, tokens: StructuredArray = NO_TOKENS, rows: StructuredArray = NO_TOTALS) -> None:
+    collector.receive(pack([tokens], [rows], 0.0, 0))
 
 
 # One choice
 
 
-def test_a_choice_keeps_the_last_record_of_a_position() -> None:
+def test_a_choice_keeps_the_last_stats_of_a_position() -> None:
     choice = ChoiceStats()
     choice.tokens = 2
-    choice.records = {1: (9.0, 9.0, 9), 0: at(0)}
-    choice.records[1] = at(1)
-    choice.settle()
-    assert list(choice.records) == [0, 1]
+    choice.by_position = {1: (9.0, 9.0, 9), 0: at(0)}
+    choice.by_position[1] = at(1)
+    choice.finalize()
+    assert list(choice.by_position) == [0, 1]
     assert choice.totals[["tokens", "steps", "before_sum"]].tolist() == [(2, 1, 3.0)]
 
 
-def test_totals_stand_for_the_records_they_cover() -> None:
+def test_totals_replace_the_tokens_at_their_positions() -> None:
     choice = ChoiceStats()
     choice.tokens = 6
-    choice.records = dict.fromkeys(range(1, 6), (9.0, 9.0, 9))
+    choice.by_position = dict.fromkeys(range(1, 6), (9.0, 9.0, 9))
     choice.add_totals(totals(0, 0, 0, 4)[0])
-    assert sorted(choice.records) == [4, 5]
+    assert sorted(choice.by_position) == [4, 5]
     assert choice.missing() == 0
-    choice.settle()
+    choice.finalize()
     assert choice.totals[["tokens", "steps"]].tolist() == [(6, 0 + 1 + 2 + 3 + 9 + 9)]
 
 
-def test_totals_of_nothing_cover_nothing() -> None:
+def test_totals_of_no_tokens_replace_none() -> None:
     choice = ChoiceStats()
-    choice.records = {0: at(0), 5: at(5)}
+    choice.by_position = {0: at(0), 5: at(5)}
     empty = totals(0, 0, 0, 0)
     empty["first"] = np.iinfo(np.uint32).max  # as a worker sends it
     choice.add_totals(empty[0])
-    assert sorted(choice.records) == [0, 5]
+    assert sorted(choice.by_position) == [0, 5]
 
 
-def test_records_past_the_end_of_the_reply_are_dropped() -> None:
+def test_stats_past_the_end_of_the_choice_are_dropped() -> None:
     choice = ChoiceStats()
     choice.tokens = 2
-    choice.records = {position: at(position) for position in (5, 2, 0)}
-    assert choice.missing() == 1  # position 1; a record past the end does not stand for it
-    choice.settle()
-    assert choice.records == {0: at(0)}
+    choice.by_position = {position: at(position) for position in (5, 2, 0)}
+    assert choice.missing() == 1  # position 1; those past the end do not count
+    choice.finalize()
+    assert choice.by_position == {0: at(0)}
     assert choice.totals[["tokens", "steps"]].tolist() == [(1, 0)]
 
 
-# The table
+# The requests in flight
 
 
-def test_a_report_carries_the_return_address(folder: Path) -> None:
-    async def test(statistics: StatsCollector) -> None:
-        first, second = (statistics.tally(EMInfParams(), 2) for _ in range(2))
+def test_a_return_address_leads_to_the_request(folder: Path) -> None:
+    async def test(collector: StatsCollector) -> None:
+        first, second = (collector.new_request(EMInfParams(), 2) for _ in range(2))
         assert first.number != second.number
-        for tally, every_token in ((first, True), (second, False)):
-            report = ReturnAddress.of(statistics.report(tally, every_token) | {"other": 1})
-            assert report == ReturnAddress(statistics.channel, tally.number, 0, every_token)
-        assert list(statistics.report(first, True)) == [RETURN_ADDRESS_KEY]
-        assert (folder / statistics.channel).is_socket()
+        for request, per_token in ((first, True), (second, False)):
+            extra_args = collector.return_address(request, per_token).to_extra_args()
+            read = ReturnAddress.from_extra_args(extra_args | {"other": 1})
+            assert read == ReturnAddress(collector.socket_name, request.number, 0, per_token)
+            assert list(extra_args) == [RETURN_ADDRESS_KEY]
+        assert (folder / collector.socket_name).is_socket()
 
     run(folder, test)
 
 
-def test_a_request_with_all_its_records_is_settled_at_once(folder: Path) -> None:
-    async def test(statistics: StatsCollector) -> None:
-        tally = opened(statistics, choices=2)
-        tally.choices[0].tokens, tally.choices[1].tokens = 2, 1
-        n = tally.number
-        receive(statistics, records((n, 0, 1, at(1)), (n, 1, 0, at(5)), (n, 0, 0, at(0))))
-        assert not tally.settled.is_set()  # the engine is not done with it
-        statistics.finish(tally, NEVER)
-        assert tally.settled.is_set()
-        assert tally.choices[0].records == {0: at(0), 1: at(1)}
-        assert tally.choices[1].records == {0: at(5)}
-        assert not statistics.tallies
+def test_a_request_without_missing_stats_is_final_at_once(folder: Path) -> None:
+    async def test(collector: StatsCollector) -> None:
+        request = started(collector, choices=2)
+        request.choices[0].tokens, request.choices[1].tokens = 2, 1
+        n = request.number
+        receive(collector, token_rows((n, 0, 1, at(1)), (n, 1, 0, at(5)), (n, 0, 0, at(0))))
+        assert not request.final.is_set()  # the engine has not finished it
+        collector.finish(request, NEVER_S)
+        assert request.final.is_set()
+        assert request.choices[0].by_position == {0: at(0), 1: at(1)}
+        assert request.choices[1].by_position == {0: at(5)}
+        assert not collector.requests
 
     registry = run(folder, test)
     assert count(registry, "tokens_total") == 3
@@ -162,35 +162,35 @@ def test_a_request_with_all_its_records_is_settled_at_once(folder: Path) -> None
     assert count(registry, "missing_tokens_total") == 0
 
 
-def test_the_last_record_settles_a_request_that_waits(folder: Path) -> None:
-    async def test(statistics: StatsCollector) -> None:
-        tally = opened(statistics)
-        tally.choices[0].tokens = 2
-        receive(statistics, records((tally.number, 0, 1, at(1))))
-        statistics.finish(tally, NEVER)
-        assert not tally.settled.is_set()
-        receive(statistics, records((tally.number, 0, 2, at(2))))  # past the end
-        assert not tally.settled.is_set()
-        receive(statistics, records((tally.number, 0, 0, at(0))))
-        assert tally.settled.is_set()
-        assert list(tally.choices[0].records) == [0, 1]
-        assert not statistics.tallies
+def test_a_waiting_request_is_final_with_its_last_token(folder: Path) -> None:
+    async def test(collector: StatsCollector) -> None:
+        request = started(collector)
+        request.choices[0].tokens = 2
+        receive(collector, token_rows((request.number, 0, 1, at(1))))
+        collector.finish(request, NEVER_S)
+        assert not request.final.is_set()
+        receive(collector, token_rows((request.number, 0, 2, at(2))))  # past the end
+        assert not request.final.is_set()
+        receive(collector, token_rows((request.number, 0, 0, at(0))))
+        assert request.final.is_set()
+        assert list(request.choices[0].by_position) == [0, 1]
+        assert not collector.requests
 
     assert count(run(folder, test), "tokens_total") == 2
 
 
-def test_a_request_does_not_wait_longer_than_its_grace(folder: Path) -> None:
-    async def test(statistics: StatsCollector) -> None:
-        tally = opened(statistics, choices=2)
-        tally.choices[0].tokens, tally.choices[1].tokens = 3, 1
-        receive(statistics, records((tally.number, 0, 1, at(1)), (tally.number, 1, 0, at(0))))
-        statistics.finish(tally, NOW)
-        assert not tally.settled.is_set()
-        await asyncio.wait_for(tally.settled.wait(), 10)
-        assert not statistics.tallies
-        receive(statistics, records((tally.number, 0, 0, at(0))))  # too late
-        assert list(tally.choices[0].records) == [1]
-        assert summarize(0, tally.choices[:1], every_token=False)["missing"] == 2
+def test_a_request_does_not_wait_longer_than_its_timeout(folder: Path) -> None:
+    async def test(collector: StatsCollector) -> None:
+        request = started(collector, choices=2)
+        request.choices[0].tokens, request.choices[1].tokens = 3, 1
+        receive(collector, token_rows((request.number, 0, 1, at(1)), (request.number, 1, 0, at(0))))
+        collector.finish(request, SOON_S)
+        assert not request.final.is_set()
+        await asyncio.wait_for(request.final.wait(), 10)
+        assert not collector.requests
+        receive(collector, token_rows((request.number, 0, 0, at(0))))  # too late
+        assert list(request.choices[0].by_position) == [1]
+        assert summarize(0, request.choices[:1], per_token=False)["missing"] == 2
 
     registry = run(folder, test)
     assert count(registry, "tokens_total") == 2
@@ -198,15 +198,15 @@ def test_a_request_does_not_wait_longer_than_its_grace(folder: Path) -> None:
 
 
 def test_a_request_is_counted_once(folder: Path) -> None:
-    """Finished twice, settled by its last record, and then its grace ends."""
+    """Finished twice, final with its last token, and then its timeout ends."""
 
-    async def test(statistics: StatsCollector) -> None:
-        tally = opened(statistics)
-        tally.choices[0].tokens = 1
-        statistics.finish(tally, NOW)
-        statistics.finish(tally, 0.0)
-        receive(statistics, records((tally.number, 0, 0, at(3))))
-        await asyncio.sleep(2 * NOW)
+    async def test(collector: StatsCollector) -> None:
+        request = started(collector)
+        request.choices[0].tokens = 1
+        collector.finish(request, SOON_S)
+        collector.finish(request, 0.0)
+        receive(collector, token_rows((request.number, 0, 0, at(3))))
+        await asyncio.sleep(2 * SOON_S)
 
     registry = run(folder, test)
     assert count(registry, "tokens_total") == 1
@@ -214,29 +214,29 @@ def test_a_request_is_counted_once(folder: Path) -> None:
     assert count(registry, "missing_tokens_total") == 0
 
 
-def test_a_request_is_given_one_grace(folder: Path) -> None:
-    async def test(statistics: StatsCollector) -> None:
-        tally = opened(statistics)
-        tally.choices[0].tokens = 1
-        statistics.finish(tally, NEVER)
-        statistics.finish(tally, 0.0)  # its generator is closed after it has ended
-        await asyncio.sleep(NOW)
-        assert not tally.settled.is_set()
+def test_a_request_has_one_timeout(folder: Path) -> None:
+    async def test(collector: StatsCollector) -> None:
+        request = started(collector)
+        request.choices[0].tokens = 1
+        collector.finish(request, NEVER_S)
+        collector.finish(request, 0.0)  # its generator is closed after it has ended
+        await asyncio.sleep(SOON_S)
+        assert not request.final.is_set()
 
     run(folder, test)
 
 
 def test_an_aborted_request_leaves_nothing_behind(folder: Path) -> None:
-    async def test(statistics: StatsCollector) -> None:
-        tally = opened(statistics)
-        assert tally.number in statistics.tallies
-        tally.choices[0].tokens = 1  # what the client had got
-        receive(statistics, records(*((tally.number, 0, position, at(position)) for position in range(4))))
-        statistics.finish(tally, NEVER)
-        assert tally.settled.is_set()
-        receive(statistics, records((tally.number, 0, 4, at(4))), totals(tally.number, 0, 0, 3))
-        assert not statistics.tallies
-        assert list(tally.choices[0].records) == [0]
+    async def test(collector: StatsCollector) -> None:
+        request = started(collector)
+        assert request.number in collector.requests
+        request.choices[0].tokens = 1  # what the client had got
+        receive(collector, token_rows(*((request.number, 0, position, at(position)) for position in range(4))))
+        collector.finish(request, NEVER_S)
+        assert request.final.is_set()
+        receive(collector, token_rows((request.number, 0, 4, at(4))), totals(request.number, 0, 0, 3))
+        assert not collector.requests
+        assert list(request.choices[0].by_position) == [0]
 
     registry = run(folder, test)
     assert count(registry, "tokens_total") == 1
@@ -244,40 +244,42 @@ def test_an_aborted_request_leaves_nothing_behind(folder: Path) -> None:
 
 
 def test_a_request_without_a_token_does_not_wait(folder: Path) -> None:
-    async def test(statistics: StatsCollector) -> None:
-        tally = opened(statistics)
-        statistics.finish(tally, NEVER)
-        assert tally.settled.is_set()
-        assert not statistics.tallies
+    async def test(collector: StatsCollector) -> None:
+        request = started(collector)
+        collector.finish(request, NEVER_S)
+        assert request.final.is_set()
+        assert not collector.requests
 
     assert count(run(folder, test), "tokens_total") == 0
 
 
-def test_a_record_that_fits_nowhere_does_not_end_the_listener(folder: Path) -> None:
-    async def test(statistics: StatsCollector) -> None:
-        tally = opened(statistics)
-        tally.choices[0].tokens = 1
-        receive(statistics, records((tally.number, 3, 0, at(0))), totals(tally.number, 3, 0, 1))
-        receive(statistics, records((tally.number, 0, 0, at(0))))
-        statistics.finish(tally, NEVER)
-        assert tally.settled.is_set()
+def test_stats_of_an_unknown_choice_do_not_stop_the_collector(folder: Path) -> None:
+    async def test(collector: StatsCollector) -> None:
+        request = started(collector)
+        request.choices[0].tokens = 1
+        receive(collector, token_rows((request.number, 3, 0, at(0))), totals(request.number, 3, 0, 1))
+        receive(collector, token_rows((request.number, 0, 0, at(0))))
+        collector.finish(request, NEVER_S)
+        assert request.final.is_set()
 
     assert count(run(folder, test), "tokens_total") == 1
 
 
-def test_totals_and_unsettled_tokens_make_a_reply(folder: Path) -> None:
-    async def test(statistics: StatsCollector) -> None:
-        tally = opened(statistics, choices=2)
-        n, tally.choices[1].tokens = tally.number, 40
-        # What fell silent was sent as it stood; one message has records and the totals that stand for some of them.
-        receive(statistics, records(*((n, 1, position, (9.0, 9.0, 9)) for position in range(20))))
-        receive(statistics, records(*((n, 1, position, at(position)) for position in range(8, 30))), totals(n, 1, 0, 8))
+def test_totals_and_tokens_that_were_not_final_make_a_choice(folder: Path) -> None:
+    async def test(collector: StatsCollector) -> None:
+        request = started(collector, choices=2)
+        n, request.choices[1].tokens = request.number, 40
+        # Tokens of an idle request are sent although not final; a message may have totals that replace some of them.
+        receive(collector, token_rows(*((n, 1, position, (9.0, 9.0, 9)) for position in range(20))))
         receive(
-            statistics, records(*((n, 1, position, at(position)) for position in range(12, 44))), totals(n, 1, 8, 12)
+            collector, token_rows(*((n, 1, position, at(position)) for position in range(8, 30))), totals(n, 1, 0, 8)
         )
-        statistics.finish(tally, NEVER)
-        assert tally.settled.is_set()
-        assert tally.choices[0].totals["tokens"][0] == 0
+        receive(
+            collector, token_rows(*((n, 1, position, at(position)) for position in range(12, 44))), totals(n, 1, 8, 12)
+        )
+        collector.finish(request, NEVER_S)
+        assert request.final.is_set()
+        assert request.choices[0].totals["tokens"][0] == 0
 
     registry = run(folder, test)
     assert count(registry, "tokens_total") == 40
@@ -286,33 +288,33 @@ def test_totals_and_unsettled_tokens_make_a_reply(folder: Path) -> None:
     assert count(registry, "missing_tokens_total") == 0
 
 
-def test_records_of_unknown_requests_are_ignored(folder: Path) -> None:
-    async def test(statistics: StatsCollector) -> None:
-        tally = opened(statistics)
-        tally.choices[0].tokens = 1
-        other = tally.number + 1
-        receive(statistics, records((other, 7, 0, at(0)), (2**63, 0, 0, at(0))), totals(other, 3, 0, 2))
-        assert not tally.choices[0].records
-        receive(statistics, records((other, 0, 0, at(0)), (tally.number, 0, 0, at(2))))
-        statistics.finish(tally, NEVER)
-        assert tally.settled.is_set()
+def test_stats_of_unknown_requests_are_ignored(folder: Path) -> None:
+    async def test(collector: StatsCollector) -> None:
+        request = started(collector)
+        request.choices[0].tokens = 1
+        other = request.number + 1
+        receive(collector, token_rows((other, 7, 0, at(0)), (2**63, 0, 0, at(0))), totals(other, 3, 0, 2))
+        assert not request.choices[0].by_position
+        receive(collector, token_rows((other, 0, 0, at(0)), (request.number, 0, 0, at(2))))
+        collector.finish(request, NEVER_S)
+        assert request.final.is_set()
 
     assert count(run(folder, test), "steps_total") == 2
 
 
 def test_requests_are_counted_under_their_method_and_while_they_last(folder: Path) -> None:
-    async def test(statistics: StatsCollector) -> None:
+    async def test(collector: StatsCollector) -> None:
         def tracked() -> float | None:
-            return statistics.metrics.tracked.labels("m")._value.get()
+            return collector.metrics.tracked.labels("m")._value.get()
 
-        first, second = opened(statistics), statistics.tally(AdaptiveTemperatureParams(), 1)
+        first, second = started(collector), collector.new_request(AdaptiveTemperatureParams(), 1)
         assert tracked() == 1
-        statistics.open(second)
+        collector.start(second)
         assert tracked() == 2
-        for tally, tokens in ((first, 1), (second, 2)):
-            tally.choices[0].tokens = tokens
-            receive(statistics, records(*((tally.number, 0, position, at(1)) for position in range(tokens))))
-            statistics.finish(tally, NEVER)
+        for request, tokens in ((first, 1), (second, 2)):
+            request.choices[0].tokens = tokens
+            receive(collector, token_rows(*((request.number, 0, position, at(1)) for position in range(tokens))))
+            collector.finish(request, NEVER_S)
         assert tracked() == 0
 
     registry = run(folder, test)
@@ -321,26 +323,26 @@ def test_requests_are_counted_under_their_method_and_while_they_last(folder: Pat
 
 
 @pytest.mark.parametrize("finished_first", [True, False])
-def test_messages_come_by_the_socket(folder: Path, finished_first: bool) -> None:
-    """At once where a reply waits for them; otherwise they are read before long, so that they do not pile up."""
+def test_messages_arrive_by_the_socket(folder: Path, finished_first: bool) -> None:
+    """At once if a response waits for them; otherwise they are read from time to time, so that they do not pile up."""
 
-    async def test(statistics: StatsCollector) -> None:
-        tally = opened(statistics)
-        tally.choices[0].tokens = 3
+    async def test(collector: StatsCollector) -> None:
+        request = started(collector)
+        request.choices[0].tokens = 3
         if finished_first:
-            statistics.finish(tally, NEVER)
-        socket = connect(zmq.Context.instance(), f"ipc://{folder}", statistics.channel)
-        channel = statistics.channel.encode()
+            collector.finish(request, NEVER_S)
+        socket = connect(zmq.Context.instance(), f"ipc://{folder}", collector.socket_name)
+        socket_name = collector.socket_name.encode()
         try:
             # Not from our workers: whoever knows the address, or a worker of a server that was there before.
-            socket.send_multipart((b"0" * 32 + b".0", pack([], [totals(tally.number, 0, 0, 3)], 9.0, 9)))
+            socket.send_multipart((b"0" * 32 + b".0", pack([], [totals(request.number, 0, 0, 3)], 9.0, 9)))
             socket.send(b"")
-            socket.send_multipart((channel, pack([], [totals(tally.number, 0, 0, 2)], 0.25, 6)))
-            socket.send_multipart((channel, pack([records((tally.number, 0, 2, at(2)))], [], 0.25, 6)))
-            while not tally.choices[0].records:
+            socket.send_multipart((socket_name, pack([], [totals(request.number, 0, 0, 2)], 0.25, 6)))
+            socket.send_multipart((socket_name, pack([token_rows((request.number, 0, 2, at(2)))], [], 0.25, 6)))
+            while not request.choices[0].by_position:
                 await asyncio.sleep(0.01)
-            statistics.finish(tally, NEVER)
-            await asyncio.wait_for(tally.settled.wait(), 10)
+            collector.finish(request, NEVER_S)
+            await asyncio.wait_for(request.final.wait(), 10)
         finally:
             socket.close(linger=0)
 
@@ -350,24 +352,24 @@ def test_messages_come_by_the_socket(folder: Path, finished_first: bool) -> None
     assert registry.get_sample_value("em_inf_records_dropped_total", {"model": "m"}) == 12
 
 
-def test_only_a_reply_that_waits_has_the_socket_watched(folder: Path) -> None:
-    async def test(statistics: StatsCollector) -> None:
+def test_the_socket_is_watched_only_while_a_response_waits(folder: Path) -> None:
+    async def test(collector: StatsCollector) -> None:
         watched: list[Any] = []
         loop = asyncio.get_running_loop()
         loop.add_reader = lambda *_: watched.append("yes")  # type: ignore[method-assign]
         loop.remove_reader = lambda *_: watched.append("no")  # type: ignore[method-assign, assignment]
-        first, second, third = (opened(statistics) for _ in range(3))
-        for tally in (first, second, third):
-            tally.choices[0].tokens = 1
-        receive(statistics, records((first.number, 0, 0, at(0))))
-        statistics.finish(first, NEVER)
+        first, second, third = (started(collector) for _ in range(3))
+        for request in (first, second, third):
+            request.choices[0].tokens = 1
+        receive(collector, token_rows((first.number, 0, 0, at(0))))
+        collector.finish(first, NEVER_S)
         assert watched == []
-        statistics.finish(second, NEVER)
-        statistics.finish(third, NEVER)
+        collector.finish(second, NEVER_S)
+        collector.finish(third, NEVER_S)
         assert watched == ["yes"]
-        receive(statistics, records((second.number, 0, 0, at(0))))
+        receive(collector, token_rows((second.number, 0, 0, at(0))))
         assert watched == ["yes"]
-        receive(statistics, records((third.number, 0, 0, at(0))))
+        receive(collector, token_rows((third.number, 0, 0, at(0))))
         assert watched == ["yes", "no"]
 
     run(folder, test)
@@ -376,16 +378,16 @@ def test_only_a_reply_that_waits_has_the_socket_watched(folder: Path) -> None:
 # Summaries
 
 
-def settled(tokens: int, known: dict[int, Values]) -> ChoiceStats:
+def finalized(tokens: int, known: dict[int, TokenStats]) -> ChoiceStats:
     choice = ChoiceStats()
-    choice.tokens, choice.records = tokens, dict(known)
-    choice.settle()
+    choice.tokens, choice.by_position = tokens, dict(known)
+    choice.finalize()
     return choice
 
 
 def test_a_summary_has_means_over_the_measured_tokens() -> None:
-    choice = settled(4, {0: (2.0, 0.5, 3), 1: (1.0, 0.25, 2), 2: (NAN, NAN, 0), 3: (0.0, 0.0, 0)})
-    assert summarize(2, [choice], every_token=False) == {
+    choice = finalized(4, {0: (2.0, 0.5, 3), 1: (1.0, 0.25, 2), 2: (NAN, NAN, 0), 3: (0.0, 0.0, 0)})
+    assert summarize(2, [choice], per_token=False) == {
         "index": 2,
         "tokens": 4,
         "optimized_tokens": 2,
@@ -396,11 +398,11 @@ def test_a_summary_has_means_over_the_measured_tokens() -> None:
     }
 
 
-def test_a_summary_of_every_token_is_aligned_with_the_reply() -> None:
-    choice = settled(4, {3: (1.0, 0.1, 2), 1: (NAN, NAN, 0), 0: (0.12345678, 0.0, 1)})
-    entry = summarize(0, [choice], every_token=True)
-    assert entry["missing"] == 1
-    assert entry["per_token"] == [
+def test_a_summary_of_every_token_is_aligned_with_the_choice() -> None:
+    choice = finalized(4, {3: (1.0, 0.1, 2), 1: (NAN, NAN, 0), 0: (0.12345678, 0.0, 1)})
+    summary = summarize(0, [choice], per_token=True)
+    assert summary["missing"] == 1
+    assert summary["per_token"] == [
         {"before": 0.123457, "after": 0.0, "steps": 1},
         {"before": None, "after": None, "steps": 0},
         None,
@@ -408,12 +410,12 @@ def test_a_summary_of_every_token_is_aligned_with_the_reply() -> None:
     ]
 
 
-def test_a_reply_in_several_parts_is_one_entry() -> None:
-    """The turns of a conversation with tools, which the engine sees as requests of their own."""
-    parts = [settled(2, {0: (2.0, 1.0, 1), 1: (4.0, 1.0, 2)}), settled(3, {2: (0.0, 0.25, 0)}), settled(0, {})]
-    entry = summarize(0, parts, every_token=True)
-    assert [token and token["steps"] for token in entry.pop("per_token")] == [1, 2, None, None, 0]
-    assert entry == {
+def test_a_choice_in_several_parts_has_one_summary() -> None:
+    """The turns of a conversation with tools: one engine request each."""
+    parts = [finalized(2, {0: (2.0, 1.0, 1), 1: (4.0, 1.0, 2)}), finalized(3, {2: (0.0, 0.25, 0)}), finalized(0, {})]
+    summary = summarize(0, parts, per_token=True)
+    assert [token and token["steps"] for token in summary.pop("per_token")] == [1, 2, None, None, 0]
+    assert summary == {
         "index": 0,
         "tokens": 5,
         "optimized_tokens": 2,
@@ -425,23 +427,23 @@ def test_a_reply_in_several_parts_is_one_entry() -> None:
 
 
 @pytest.mark.parametrize("known", [{}, {0: (NAN, NAN, 0)}])
-def test_without_a_measured_token_there_are_no_means(known: dict[int, Values]) -> None:
-    entry = summarize(0, [settled(1, known)], every_token=True)
-    assert entry["entropy_before"] is None
-    assert entry["entropy_after"] is None
-    assert entry["missing"] == 1 - len(known)
+def test_without_a_measured_token_there_are_no_means(known: dict[int, TokenStats]) -> None:
+    summary = summarize(0, [finalized(1, known)], per_token=True)
+    assert summary["entropy_before"] is None
+    assert summary["entropy_after"] is None
+    assert summary["missing"] == 1 - len(known)
 
 
 def test_a_summary_is_strict_json() -> None:
-    """Also where records came as numpy's own numbers would, by a message."""
-    tokens = records((0, 0, 0, (1.5, 0.5, 3)), (0, 0, 1, (NAN, NAN, 0)))
-    tally = RequestStats(0, "em_inf", 1)
+    """Also for stats that come as NumPy's numbers, out of a message."""
+    tokens = token_rows((0, 0, 0, (1.5, 0.5, 3)), (0, 0, 1, (NAN, NAN, 0)))
+    request = RequestStats(0, "em_inf", 1)
     for _, _, position, *values in tokens.tolist():
-        tally.choices[0].records[position] = tuple(values)
-    tally.choices[0].add_totals(totals(0, 0, 2, 5)[0])
-    tally.choices[0].tokens = 6
-    tally.choices[0].settle()
-    entry = summarize(0, tally.choices, every_token=True)
-    assert json.loads(json.dumps(entry, allow_nan=False)) == entry
-    assert entry["steps"] == 3 + 2 + 3 + 4
-    assert entry["missing"] == 1
+        request.choices[0].by_position[position] = tuple(values)
+    request.choices[0].add_totals(totals(0, 0, 2, 5)[0])
+    request.choices[0].tokens = 6
+    request.choices[0].finalize()
+    summary = summarize(0, request.choices, per_token=True)
+    assert json.loads(json.dumps(summary, allow_nan=False)) == summary
+    assert summary["steps"] == 3 + 2 + 3 + 4
+    assert summary["missing"] == 1

@@ -1,4 +1,4 @@
-"""What Prometheus is told, and that docs/metrics.md says the same."""
+"""What each event changes on /metrics, and that docs/metrics.md says the same."""
 
 import math
 import os
@@ -6,38 +6,25 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from prometheus_client import CollectorRegistry, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Histogram
 from prometheus_client.multiprocess import MultiProcessCollector
-from prometheus_client.parser import text_string_to_metric_families
 
 from em_sampler.stats.wire import ENTROPY_BUCKETS, HISTOGRAMS, TOTALS_DTYPE, VALUES_DTYPE, StructuredArray, add_tokens
 from server.stats.metrics import OUTCOMES, BulkHistogram, Metrics
-from server.strategies.metrics import StrategyMetrics
+from tests.server.metrics_page import PAGE, STRATEGY_PREFIX, documented, exposed, series
 
 METHODS = ("em_inf", "adaptive_temperature", "none")
-DOCUMENT = Path(__file__).parents[2] / "docs" / "metrics.md"
 
 
 def totals_of(*tokens: tuple[float, float, int]) -> StructuredArray:
     totals = np.zeros(1, dtype=TOTALS_DTYPE)
     add_tokens(totals, np.zeros(len(tokens), dtype=np.intp), np.array(list(tokens), dtype=VALUES_DTYPE))
     return totals
-
-
-def series(registry: CollectorRegistry) -> dict[tuple[str, ...], float]:
-    """All that /metrics would show, but for times of creation: (name, labels in the order of their names) -> value."""
-    return {
-        (sample.name, *(value for _, value in sorted(sample.labels.items()))): sample.value
-        for family in registry.collect()
-        for sample in family.samples
-        if not sample.name.endswith("_created")
-    }
 
 
 @settings(max_examples=50, deadline=None)
@@ -79,11 +66,13 @@ def test_every_series_is_there_from_the_start_at_zero() -> None:
     assert ("em_inf_transform_seconds_total", "m") in shown
 
 
-def test_a_reply_is_counted_under_its_method() -> None:
+def test_a_choice_is_counted_under_its_method() -> None:
     registry = CollectorRegistry()
     metrics = Metrics("m", registry)
     before = series(registry)
-    metrics.observe_choice("em_inf", totals_of((2.5, 0.25, 5), (0.25, 0.25, 0), (1.0, 0.5, 3), (math.nan, math.nan, 0)), 2)
+    metrics.observe_choice(
+        "em_inf", totals_of((2.5, 0.25, 5), (0.25, 0.25, 0), (1.0, 0.5, 3), (math.nan, math.nan, 0)), 2
+    )
     metrics.observe_choice("em_inf", totals_of((1.5, 1.25, 1)), 0)
     changed = {key: value for key, value in series(registry).items() if value != before[key]}
     assert {key: value for key, value in changed.items() if not key[0].endswith("_bucket")} == {
@@ -124,11 +113,12 @@ def test_requests_and_workers_are_counted() -> None:
 PROCESS = """
 import sys
 import numpy as np
-from em_sampler.stats.wire import TOTALS, VALUES, add_tokens
+from em_sampler.stats.wire import TOTALS_DTYPE, VALUES_DTYPE, add_tokens
 from server.stats.metrics import Metrics
 
-metrics, totals = Metrics("m"), np.zeros(1, dtype=TOTALS)
-add_tokens(totals, np.zeros(2, dtype=np.intp), np.array([(2.5, 0.5, 5), (float(sys.argv[1]), 0.25, 1)], dtype=VALUES))
+metrics, totals = Metrics("m"), np.zeros(1, dtype=TOTALS_DTYPE)
+tokens = np.array([(2.5, 0.5, 5), (float(sys.argv[1]), 0.25, 1)], dtype=VALUES_DTYPE)
+add_tokens(totals, np.zeros(2, dtype=np.intp), tokens)
 metrics.observe_choice("em_inf", totals, 1)
 metrics.observe_request("em_inf", "completed")
 metrics.tracked.labels("m").set(3)
@@ -137,7 +127,7 @@ metrics.tracked.labels("m").set(3)
 
 def test_several_processes_are_summed(tmp_path: Path) -> None:
     environment = {**os.environ, "PROMETHEUS_MULTIPROC_DIR": str(tmp_path)}
-    root = Path(__file__).parents[2]
+    root = Path(__file__).parents[3]
     commands = [[sys.executable, "-c", PROCESS, entropy] for entropy in ("0.25", "1.75")]
     started = [subprocess.Popen(command, env=environment, cwd=root) for command in commands]
     assert [process.wait() for process in started] == [0, 0]
@@ -157,34 +147,12 @@ def test_several_processes_are_summed(tmp_path: Path) -> None:
     assert shown["em_inf_entropy_before_nats_bucket", "3.0", "em_inf", "m"] == 4
 
 
-def table() -> list[tuple[str, ...]]:
-    """The rows of the document's one table, without code marks."""
-    lines = [line for line in DOCUMENT.read_text().splitlines() if line.startswith("|")]
-    assert set(lines[1]) == set("|-")
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
-    return [(*(cell.replace("`", "") for cell in cells[:3]), *cells[3:]) for cells in rows]
-
-
-def exposed() -> list[tuple[str, ...]]:
-    """The same of /metrics, in its order."""
+def test_the_page_has_every_metric_and_no_other() -> None:
     registry = CollectorRegistry()
     Metrics("m", registry)
-    StrategyMetrics("m", ["x"], registry)
-    rows = []
-    for family in text_string_to_metric_families(generate_latest(registry).decode()):
-        if family.name.endswith("_created"):
-            continue
-        labels: dict[str, Any] = family.samples[0].labels
-        name = f"{family.name}_total" if family.type == "counter" else family.name
-        assert family.type == "histogram" or name in {sample.name for sample in family.samples}
-        rows.append((name, family.type, ", ".join(key for key in labels if key != "le"), family.documentation))
-    return rows
+    assert sorted(row for row in documented() if not row[0].startswith(STRATEGY_PREFIX)) == sorted(exposed(registry))
 
 
-def test_the_document_has_every_metric_and_no_other() -> None:
-    assert sorted(table()) == sorted(exposed())
-
-
-def test_the_document_names_the_buckets() -> None:
-    (bounds,) = re.findall(r"buckets end at ([\d., \n]+) nats", DOCUMENT.read_text())
+def test_the_page_names_the_buckets() -> None:
+    (bounds,) = re.findall(r"buckets end at ([\d., \n]+) nats", PAGE.read_text())
     assert tuple(float(bound) for bound in bounds.replace(",", " ").split()) == ENTROPY_BUCKETS
