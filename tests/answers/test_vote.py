@@ -1,4 +1,4 @@
-"""A vote: who leads, when the rest cannot change it, and how sure the leader is."""
+"""A vote: which answer leads, when the remaining votes cannot change that, and how probable the leader is."""
 
 import itertools
 from collections import Counter
@@ -25,7 +25,7 @@ def test_most_votes_lead() -> None:
     assert vote("a", "b", "b", "c").agreement() == 0.5
 
 
-def test_ties_go_to_the_answer_whose_voters_are_likelier() -> None:
+def test_a_tie_goes_to_the_answer_with_the_higher_mean_tie_break() -> None:
     votes = Vote()
     for answer, tie_break in (("a", -0.1), ("b", -0.3), ("a", -0.9), ("b", -0.3)):
         votes.add(answer, tie_break)
@@ -39,8 +39,8 @@ def test_weights_can_outvote_a_majority() -> None:
 
 
 @given(st.lists(st.sampled_from("abc"), max_size=5), st.integers(0, 3))
-def test_decided_means_that_no_further_votes_change_the_leader(cast: list[str], remaining: int) -> None:
-    """Against every way the remaining votes can fall, ties counted as a change."""
+def test_a_vote_is_decided_if_no_remaining_votes_can_change_the_leader(cast: list[str], remaining: int) -> None:
+    """Checked against every outcome of the remaining votes; a tie is a change."""
     votes = vote(*cast)
     counts = Counter(cast)
 
@@ -53,7 +53,7 @@ def test_decided_means_that_no_further_votes_change_the_leader(cast: list[str], 
     assert votes.is_decided(remaining) == expected
 
 
-def test_a_light_vote_decides_less() -> None:
+def test_light_votes_decide_less() -> None:
     votes = vote("a", "b", weights=[0.9, 0.2])
     assert votes.is_decided(0)
     assert not votes.is_decided(1)
@@ -61,13 +61,13 @@ def test_a_light_vote_decides_less() -> None:
 
 
 @given(st.integers(0, 40), st.integers(0, 40))
-def test_the_posterior_is_that_of_the_beta_distribution(first: int, second: int) -> None:
+def test_the_leaders_probability_is_that_of_the_beta_distribution(first: int, second: int) -> None:
     low, high = sorted((first, second))
     votes = vote(*"a" * high, *"b" * low, "c" if low else "a")
     high += 0 if low else 1
     assert votes.leader_probability() == pytest.approx(beta.sf(0.5, high + 1, low + 1), abs=1e-12)
 
 
-def test_without_votes_nothing_is_known() -> None:
+def test_without_votes_nothing_is_decided() -> None:
     assert Vote().leader_probability() == 0.5
     assert not Vote().is_decided(0)

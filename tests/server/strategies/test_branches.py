@@ -1,0 +1,48 @@
+"""Branches: which ones count as failed, a token's confidence, and the tokens that cancelling saved."""
+
+import math
+from types import SimpleNamespace as Namespace
+
+import pytest
+
+from server.strategies.branches import Branch, confidence
+from tests.server.strategies.scripted import Script, box, vote
+
+
+def test_a_branch_that_fails_leaves_the_vote_to_the_others() -> None:
+    scripts = [Script(box(1), fails=RuntimeError("broken")), Script(box(1), fails="abort"), Script(box(2), 9)]
+    run = vote(*scripts, early_stop=True)
+    assert (run.summary["answer"], run.summary["failed"], run.text) == ("2", 2, box(2))
+    assert run.metric("branches_failed_total") == 2
+
+
+def test_tokens_saved_are_estimated_by_the_mean_length_of_completed_branches() -> None:
+    scripts = [Script(box(4), 50), Script(box(4), 50), Script(box(5), 1000)]
+    run = vote(*scripts, early_stop=True)
+    cancelled_at = run.summary["completion_tokens"][2]
+    assert run.metric("tokens_saved_total") == max(0, 50 - cancelled_at)
+
+
+def test_confidence_is_the_mean_of_the_top_candidates_alone() -> None:
+    """The sampled token is among the candidates even if its rank is lower than the top."""
+    logprobs = {5: (-0.5, 1), 8: (-1.5, 2), 2: (-4.0, 3), 9: (-9.0, 700)}
+    candidates = {token: Namespace(logprob=logprob, rank=rank) for token, (logprob, rank) in logprobs.items()}
+    assert confidence(candidates, top=2) == pytest.approx(1.0)
+    assert confidence(candidates, top=3) == pytest.approx(2.0)
+
+
+def output(text: str, tokens: list[int], logprob: float, reason: str | None) -> Namespace:
+    completion = Namespace(text=text, token_ids=tokens, cumulative_logprob=logprob, finish_reason=reason, logprobs=None)
+    return Namespace(outputs=[completion], prompt_token_ids=[1, 2, 3], num_cached_tokens=2)
+
+
+@pytest.mark.parametrize("delta", [True, False])
+def test_a_branch_adds_up_deltas_and_replaces_cumulative_outputs(delta: bool) -> None:
+    branch = Branch(0)
+    assert branch.mean_logprob == -math.inf
+    branch.add(output("", [], 0.0, None), delta, top_logprobs=0)
+    assert branch.prompt_tokens == 0  # not prefilled yet
+    branch.add(output("a", [4], -1.0, None), delta, top_logprobs=0)
+    branch.add(output("b" if delta else "ab", [6] if delta else [4, 6], -3.0, "length"), delta, top_logprobs=0)
+    assert (branch.text, branch.tokens, branch.prompt_tokens, branch.cached_tokens) == ("ab", 2, 3, 2)
+    assert (branch.mean_logprob, branch.cut_off) == (-1.5, True)

@@ -1,0 +1,65 @@
+"""Reading a request's `strategy`: errors that name the field, and the operator's limit on branches."""
+
+from typing import Any
+
+import pytest
+
+from em_sampler.validation import ParamsError
+from server.strategies.registry import describe_strategies, parse_strategy
+
+
+@pytest.mark.parametrize(
+    ("answer", "field", "says"),
+    [
+        ("boxed", "strategy.answer", "must be an object"),
+        ({"type": "best"}, "strategy.answer.type", "one of boxed, regex, last_number, text"),
+        ({"type": "regex"}, "strategy.answer", "needs a `pattern`"),
+        ({"pattern": "x"}, "strategy.answer", "for type regex"),
+        ({"type": "regex", "pattern": "("}, "strategy.answer", "RE2"),
+        ({"type": "regex", "pattern": r"(?=a)"}, "strategy.answer", "RE2"),
+        ({"type": "regex", "pattern": "(a{1000}){1000}"}, "strategy.answer", "RE2"),
+        ({"type": "regex", "pattern": "a" * 1001}, "strategy.answer.pattern", "at most 1000 characters"),
+        ({"type": "regex", "pattern": ""}, "strategy.answer.pattern", "text"),
+        ({"kind": "boxed"}, "strategy.answer.kind", "unknown field"),
+    ],
+)
+def test_an_error_in_answer_names_the_field_and_what_is_wrong(answer: Any, field: str, says: str) -> None:
+    with pytest.raises(ParamsError) as caught:
+        parse_strategy({"type": "self_consistency", "answer": answer})
+    assert caught.value.field == field
+    assert says in str(caught.value)
+    assert len(str(caught.value)) < 300
+
+
+@pytest.mark.parametrize(
+    ("value", "field", "says"),
+    [
+        ("deepconf", "strategy", "must be an object"),
+        ({}, "strategy.type", "one of self_consistency, refinement, deepconf"),
+        ({"type": ["deepconf"]}, "strategy.type", "one of self_consistency, refinement, deepconf"),
+        ({"type": "refinement", "rounds": 1}, "strategy.rounds", "from 2 up to 6"),
+        ({"type": "refinement", "rounds": 7}, "strategy.rounds", "from 2 up to 6"),
+        ({"type": "deepconf", "n": True}, "strategy.n", "True"),
+        ({"type": "deepconf", "n": 4, "warmup": 4}, "strategy", "warmup 4 must be below n 4"),
+        ({"type": "self_consistency", "confidence": 0.9}, "strategy", "early_stop"),
+    ],
+)
+def test_an_error_in_a_strategy_names_the_field_and_what_is_allowed(value: Any, field: str, says: str) -> None:
+    with pytest.raises(ParamsError) as caught:
+        parse_strategy(value, max_branches=6)
+    assert caught.value.field == field
+    assert says in str(caught.value)
+
+
+def test_a_default_is_lowered_to_the_operators_limit() -> None:
+    strategy = parse_strategy({"type": "self_consistency"}, max_branches=3)
+    assert strategy
+    assert strategy.max_branches == 3
+    assert parse_strategy(None) is None
+    described = describe_strategies(max_branches=3)
+    assert {name: schema["properties"].get("n", {}).get("maximum") for name, schema in described.items()} == {
+        "self_consistency": 3,
+        "refinement": None,
+        "deepconf": 3,
+    }
+    assert described["refinement"]["properties"]["rounds"]["maximum"] == 3
