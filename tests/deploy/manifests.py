@@ -1,4 +1,4 @@
-"""What the manifests become: rendered by kubectl, as pods, and as the arguments that em-serve is started with."""
+"""The Kubernetes manifests, rendered by kubectl: objects, pods, and the arguments of em-serve in each pod."""
 
 import argparse
 import functools
@@ -17,7 +17,7 @@ import yaml
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 KUBERNETES = DEPLOY / "kubernetes"
-# Every overlay, and every component on one. An operator uses these together.
+# Name -> (overlay, components): every overlay, and every component on at least one, combined as an operator would.
 CASES: dict[str, tuple[str, tuple[str, ...]]] = {
     "cpu-demo": ("cpu-demo", ()),
     "single-gpu": ("single-gpu", ()),
@@ -35,12 +35,12 @@ Object = dict[str, Any]
 
 @dataclass(frozen=True)
 class Node:
-    """A pod that a workload makes: one of a Deployment's, or a group's leader or worker."""
+    """A pod of a workload: of a Deployment, or the leader or a worker of a LeaderWorkerSet's group."""
 
     workload: Object
     template: Object
-    rank: int  # in its group
-    size: int  # of the group
+    rank: int  # in its group; 0 for a leader and for a Deployment's pod
+    size: int  # pods in the group
 
     @property
     def spec(self) -> Object:
@@ -49,6 +49,7 @@ class Node:
 
     @property
     def server(self) -> Object:
+        """The only container."""
         (container,) = self.spec["containers"]
         return dict(container)
 
@@ -58,21 +59,28 @@ class Node:
 
     @property
     def gpus(self) -> int:
+        """The limit of nvidia.com/gpu, 0 if there is none."""
         return int(self.server["resources"].get("limits", {}).get("nvidia.com/gpu", 0))
 
 
 class Manifests(list[Object]):
-    """The objects of one case."""
+    """The objects that kustomize renders."""
 
     def of(self, kind: str) -> list[Object]:
+        """Return the objects of a kind."""
         return [each for each in self if each["kind"] == kind]
 
     def one(self, kind: str) -> Object:
+        """Return the only object of a kind.
+
+        Raises:
+            ValueError: if there is none, or more than one.
+        """
         (only,) = self.of(kind)
         return only
 
     def nodes(self) -> list[Node]:
-        """Every kind of pod that runs the server."""
+        """Return one node for each pod that runs the server, replicas not counted."""
         nodes = [Node(each, each["spec"]["template"], 0, 1) for each in self.of("Deployment")]
         for each in self.of("LeaderWorkerSet"):
             group = each["spec"]["leaderWorkerTemplate"]
@@ -82,7 +90,7 @@ class Manifests(list[Object]):
         return nodes
 
     def environment(self, node: Node) -> dict[str, str]:
-        """The variables that `$(NAME)` can refer to, as far as the manifests tell."""
+        """Return the variables that `$(NAME)` can refer to: the ConfigMap's, and LeaderWorkerSet's for a group."""
         variables: dict[str, str] = {}
         for source in node.server.get("envFrom", []):
             name = source["configMapRef"]["name"]
@@ -97,7 +105,7 @@ class Manifests(list[Object]):
         return variables
 
     def arguments(self, node: Node) -> list[str]:
-        """em-serve's arguments, as kubelet would make them: it leaves what it does not know as it is."""
+        """Return em-serve's arguments with variables replaced as kubelet does: unknown ones stay as they are."""
         variables = self.environment(node)
 
         def value(match: re.Match[str]) -> str:
@@ -107,13 +115,13 @@ class Manifests(list[Object]):
 
 
 def kubectl() -> str | None:
-    """Its path, where there is one."""
+    """Return the path of kubectl, None if it is not installed."""
     return shutil.which("kubectl")
 
 
 @functools.cache
 def render(case: str) -> Manifests:
-    """A case, as an operator's overlay that adds components would make it."""
+    """Render a case of CASES as an operator's own overlay that adds components."""
     overlay, components = CASES[case]
     with tempfile.TemporaryDirectory() as folder:
         here = Path(os.path.relpath(KUBERNETES, os.path.realpath(folder)))  # kustomize takes no absolute paths
@@ -125,7 +133,7 @@ def render(case: str) -> Manifests:
 
 
 def kustomize(folder: Path, kustomization: str) -> Manifests:
-    """What `kubectl apply -k FOLDER` would send, with this as the folder's kustomization."""
+    """Return the objects that `kubectl apply -k FOLDER` would send, with this text as the folder's kustomization."""
     (folder / "kustomization.yaml").write_text(kustomization)
     command = [kubectl() or "kubectl", "kustomize", str(folder)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
@@ -134,7 +142,7 @@ def kustomize(folder: Path, kustomization: str) -> Manifests:
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
-    """em-serve's own reading of its arguments, as far as it goes before it starts an engine."""
+    """Parse arguments with em-serve's own parser and validation, and stop before it starts an engine."""
     from vllm.entrypoints.cli.serve import ServeSubcommand
 
     from server.cli import serve
@@ -147,7 +155,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 
 def find(thing: Any, key: str) -> Iterator[Any]:
-    """All values of `key`, however deep."""
+    """Yield all values of `key` in nested mappings and lists."""
     if isinstance(thing, Mapping):
         for name, value in thing.items():
             if name == key:
@@ -159,7 +167,7 @@ def find(thing: Any, key: str) -> Iterator[Any]:
 
 
 def closed(schema: Any) -> Any:
-    """The schema with every field refused that it does not name."""
+    """Return the schema with `additionalProperties` false in every object that names its properties."""
     if isinstance(schema, Mapping):
         inner = {key: closed(value) for key, value in schema.items()}
         return {"additionalProperties": False} | inner if isinstance(schema.get("properties"), Mapping) else inner

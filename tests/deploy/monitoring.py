@@ -1,4 +1,4 @@
-"""What is in deploy/monitoring, taken apart for the tests, here and in tests/engine."""
+"""The rules and the dashboard of deploy/monitoring, parsed for the tests here and in tests/engine."""
 
 import json
 import re
@@ -14,30 +14,30 @@ MONITORING = Path(__file__).parents[2] / "deploy" / "monitoring"
 PROMTOOL = shutil.which("promtool", path=Path(sys.executable).parent) or shutil.which("promtool")
 needs_promtool = pytest.mark.skipif(PROMTOOL is None, reason="no promtool: see scripts/test-tools.sh")
 
-# What is no metric in PromQL: strings, labels and their lists, ranges; then words, and functions before their bracket.
+# The parts of a PromQL query without metric names: strings, label matchers, ranges, label lists; then its keywords.
 NOT_NAMES = (r'"[^"]*"', r"\{[^}]*\}", r"\[[^]]*\]", r"\b(by|without|on|ignoring|group_left|group_right)\s*\([^)]*\)")
 WORDS = {"and", "or", "unless", "by", "without", "offset", "bool", "Inf", "NaN"}
 
 
 def groups() -> list[dict[str, Any]]:
-    """The groups of rules."""
+    """Return the rule groups of rules.yaml."""
     found: list[dict[str, Any]] = yaml.safe_load((MONITORING / "rules.yaml").read_text())["groups"]
     return found
 
 
 def rules() -> list[dict[str, Any]]:
-    """All of their rules."""
+    """Return the rules of all groups."""
     return [rule for group in groups() for rule in group["rules"]]
 
 
 def panels() -> list[dict[str, Any]]:
-    """The panels of the dashboard, without the rows."""
+    """Return the panels of the dashboard, without its rows."""
     everything = json.loads((MONITORING / "dashboard.json").read_text())["panels"]
     return [panel for panel in everything if panel["type"] != "row"]
 
 
 def queries(rate_interval: str, model: str = ".*") -> list[str]:
-    """Those of the dashboard as Grafana sends them where all namespaces, and all models or one, are chosen."""
+    """Return the dashboard's queries as Grafana sends them, for all namespaces and the models that match `model`."""
     values = {"$__rate_interval": rate_interval, "$namespace": ".*", "$model": model}
     found = [target["expr"] for panel in panels() for target in panel["targets"]]
     for name, value in values.items():
@@ -46,7 +46,7 @@ def queries(rate_interval: str, model: str = ".*") -> list[str]:
 
 
 def names(query: str) -> set[str]:
-    """The metrics that a query asks for."""
+    """Return the names of the metrics in a query."""
     for pattern in NOT_NAMES:
         query = re.sub(pattern, " ", query)
     words = re.findall(r"(?<![\w:.])[a-zA-Z_:][\w:]*\b(?!\s*\()", query)

@@ -1,4 +1,4 @@
-"""The files of deploy/compose, held to the published schema, to each other and to the image."""
+"""The files of deploy/compose, checked against the published schema, each other and the image."""
 
 import re
 import shutil
@@ -22,16 +22,18 @@ PROMTOOL = shutil.which("promtool", path=BIN) or shutil.which("promtool")
 
 
 def grafana(name: str) -> Any:
+    """Return a provisioning file of Grafana, parsed."""
     return yaml.safe_load((FOLDER / "grafana" / name).read_text())
 
 
 def mounts(service: str) -> dict[str, Path | None]:
-    """What lies at each path of a service's file system: a file of this repository, or None for a volume."""
+    """Return what a service mounts at each path: a file of this repository, or None for a volume."""
     pairs = [volume.split(":")[:2] for volume in SERVICES[service]["volumes"]]
     return {target: (FOLDER / source).resolve() if source.startswith(".") else None for source, target in pairs}
 
 
 def seconds(text: str) -> int:
+    """Parse a duration of compose, such as `140s`."""
     return int(re.fullmatch(r"(\d+)s", text).group(1))  # type: ignore[union-attr]
 
 
@@ -42,7 +44,7 @@ def test_schema(name: str) -> None:
     assert done.returncode == 0, done.stdout
 
 
-def test_files_that_are_mounted_exist_and_cannot_be_written() -> None:
+def test_mounted_files_exist_and_are_read_only() -> None:
     files = [file for service in SERVICES for file in mounts(service).values() if file]
     assert len(files) == 5
     assert not [file for file in files if not file.is_file()]
@@ -57,7 +59,7 @@ def test_files_that_are_mounted_exist_and_cannot_be_written() -> None:
 
 
 @pytest.mark.parametrize("name", SERVICES)
-def test_a_service_has_few_rights_and_a_pinned_image(name: str) -> None:
+def test_a_service_is_hardened_and_its_image_is_pinned(name: str) -> None:
     service = SERVICES[name]
     assert service["read_only"]
     assert service["cap_drop"] == ["ALL"]
@@ -73,14 +75,14 @@ def test_a_service_has_few_rights_and_a_pinned_image(name: str) -> None:
 
 
 @pytest.mark.parametrize("server", [SERVICES["server"], GPU["services"]["server"]], ids=["cpu", "gpu"])
-def test_the_server_is_reached_and_its_requests_may_end(server: dict[str, Any]) -> None:
+def test_the_server_is_reachable_and_drains_before_it_is_killed(server: dict[str, Any]) -> None:
     drain = int(server["command"][server["command"].index("--shutdown-timeout") + 1])
     assert drain == 120
     assert server["command"][server["command"].index("--host") + 1] == "0.0.0.0"
-    assert seconds(SERVICES["server"]["stop_grace_period"]) >= drain + 15  # an idle server takes up to 11 s to end
+    assert seconds(SERVICES["server"]["stop_grace_period"]) >= drain + 15  # an idle server takes up to 11 s to exit
 
 
-def test_the_server_may_write_where_it_has_to() -> None:
+def test_the_folders_that_the_server_writes_to_are_writable() -> None:
     environment = DOCKERFILE.environment("cpu")
     assert {environment["HOME"], environment["HF_HOME"]} == set(mounts("server"))
     assert SERVICES["server"]["tmpfs"] == ["/tmp"]
@@ -88,7 +90,7 @@ def test_the_server_may_write_where_it_has_to() -> None:
     assert f":{DOCKERFILE.last('cpu', 'EXPOSE').text}" in SERVICES["server"]["ports"][0]
 
 
-def test_the_gpu_file_changes_the_image_and_asks_for_what_it_uses() -> None:
+def test_the_gpu_file_changes_the_image_and_reserves_as_many_gpus_as_it_uses() -> None:
     server = GPU["services"]["server"]
     assert set(GPU["services"]) == {"server"}
     assert server["image"] == "em-inf-server:cuda"
@@ -98,8 +100,8 @@ def test_the_gpu_file_changes_the_image_and_asks_for_what_it_uses() -> None:
     assert server["command"][0].startswith("${MODEL:?")
 
 
-@pytest.mark.skipif(not PROMTOOL, reason="no promtool here: `make test` brings it where there is apt-get")
-def test_prometheus_takes_its_files_as_they_are_mounted(tmp_path: Path) -> None:
+@pytest.mark.skipif(not PROMTOOL, reason="promtool is not installed: see scripts/test-tools.sh")
+def test_promtool_accepts_the_files_as_they_are_mounted(tmp_path: Path) -> None:
     configured = next(flag for flag in SERVICES["prometheus"]["command"] if flag.startswith("--config.file="))
     for target, file in mounts("prometheus").items():
         if file:
@@ -108,10 +110,10 @@ def test_prometheus_takes_its_files_as_they_are_mounted(tmp_path: Path) -> None:
     command = [PROMTOOL, "check", "config", tmp_path / configured.split("=/")[1]]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
-    assert re.search(r"SUCCESS: [1-9]\d* rule", done.stdout), "no rules were read"
+    assert re.search(r"SUCCESS: [1-9]\d* rule", done.stdout), "promtool read no rules"
 
 
-def test_they_find_each_other() -> None:
+def test_services_use_each_others_ports() -> None:
     ports = {name: service["ports"][0].split(":")[-1] for name, service in SERVICES.items()}
     (job,) = yaml.safe_load((FOLDER / "prometheus.yml").read_text())["scrape_configs"]
     assert job["static_configs"] == [{"targets": [f"server:{ports['server']}"]}]
@@ -123,7 +125,7 @@ def test_they_find_each_other() -> None:
     assert SERVICES["grafana"]["depends_on"]["prometheus"]["condition"] == "service_healthy"
 
 
-def test_grafana_is_told_of_what_is_mounted() -> None:
+def test_grafana_is_provisioned_from_the_mounted_files() -> None:
     (provider,) = grafana("dashboards.yaml")["providers"]
     dashboards = [Path(target) for target, file in mounts("grafana").items() if file and file.suffix == ".json"]
     assert [str(dashboard.parent) for dashboard in dashboards] == [provider["options"]["path"]]

@@ -1,4 +1,4 @@
-"""Rules, dashboard and runbooks: each by itself, all held to one another and to what the code exports."""
+"""Rules, dashboard and runbooks: each on its own, and checked against each other and the exported metrics."""
 
 import itertools
 import json
@@ -27,22 +27,23 @@ ALERT_NAMES = list(dict.fromkeys(rule["alert"] for rule in ALERTS))
 
 
 def promtool(*arguments: Any) -> None:
+    """Run promtool, which must exit with 0."""
     done = subprocess.run([str(PROMTOOL), *map(str, arguments)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
 @needs_promtool
-def test_prometheus_takes_the_rules() -> None:
+def test_promtool_accepts_the_rules() -> None:
     promtool("check", "rules", "--lint=all", "--lint-fatal", MONITORING / "rules.yaml")
 
 
 @needs_promtool
 @pytest.mark.parametrize("file", TESTS, ids=lambda file: file.name)
-def test_alerts_fire_where_they_should_and_only_there(file: Path) -> None:
+def test_alerts_fire_when_they_should_and_only_then(file: Path) -> None:
     promtool("test", "rules", file)
 
 
-def test_each_alert_fires_in_a_test_of_promtool() -> None:
+def test_every_alert_fires_in_a_promtool_test() -> None:
     tests = [test for file in TESTS for test in yaml.safe_load(file.read_text())["tests"]]
     checks = [check for test in tests for check in test.get("alert_rule_test", [])]
     fired = {(check["alertname"], alert["exp_labels"]["severity"]) for check in checks for alert in
@@ -51,7 +52,7 @@ def test_each_alert_fires_in_a_test_of_promtool() -> None:
 
 
 @pytest.mark.parametrize("rule", ALERTS, ids=lambda rule: f"{rule['alert']}-{rule['labels']['severity']}")
-def test_an_alert_says_what_it_is_and_where_to_read_on(rule: dict[str, Any]) -> None:
+def test_an_alert_has_its_annotations_and_a_runbook(rule: dict[str, Any]) -> None:
     assert rule["labels"].keys() == {"severity"} and rule["labels"]["severity"] in ("critical", "warning")
     assert re.fullmatch(r"\d+[mh]", rule["for"])
     annotations = rule["annotations"]
@@ -60,11 +61,11 @@ def test_an_alert_says_what_it_is_and_where_to_read_on(rule: dict[str, Any]) -> 
     assert annotations["runbook_url"] == f"{PLACEHOLDER}docs/runbooks.md#{rule['alert'].lower()}"
 
 
-def test_runbooks_and_alerts_are_one_to_one() -> None:
+def test_every_alert_has_one_runbook() -> None:
     assert re.findall(r"^## (EmInf\w+)$", RUNBOOKS.read_text(), re.MULTILINE) == ALERT_NAMES
 
 
-def test_a_runbook_has_all_its_parts() -> None:
+def test_a_runbook_has_all_parts() -> None:
     for section in RUNBOOKS.read_text().split("\n## ")[1:]:
         title = section.split("\n", 1)[0]
         for part in ("**Means.**", "**Look.**", "**Causes.**", "**Do.**", "**Silence.**"):
@@ -72,6 +73,7 @@ def test_a_runbook_has_all_its_parts() -> None:
 
 
 def runbook_queries() -> list[str]:
+    """Return the queries of all runbooks, one per line of their promql blocks."""
     blocks = re.findall(r"```promql\n(.*?)```", RUNBOOKS.read_text(), re.DOTALL)
     return [query for block in blocks for query in block.strip().split("\n")]
 
@@ -87,13 +89,13 @@ def test_every_query_parses(tmp_path: Path) -> None:
 
 
 def exported() -> set[str]:
-    """The names of all series that a server can have."""
+    """Return the names of all series that a server can export: ours, vLLM's and its HTTP instrumentation's."""
     registry = CollectorRegistry()
     Metrics("m", registry)
     StrategyMetrics("m", ["x"], registry)
     instrumentator.default(registry=registry)
     kinds = [(family.name, family.type) for family in registry.collect()]
-    vllm = find_spec("vllm")  # found, not imported
+    vllm = find_spec("vllm")  # locates vLLM without importing it
     assert vllm and vllm.origin
     logger = Path(vllm.origin).parent / "v1" / "metrics" / "loggers.py"
     found = re.findall(r'_(gauge|counter|histogram)_cls\(\s*name="(vllm:\w+)"', logger.read_text())
@@ -102,11 +104,11 @@ def exported() -> set[str]:
     return {name + suffix for name, kind in kinds for suffix in SERIES.get(kind, ("",))}
 
 
-def test_every_metric_that_is_asked_for_exists() -> None:
+def test_every_queried_metric_exists() -> None:
     recorded = {rule["record"] for rule in rules() if "record" in rule}
     asked = set().union(*(names(rule["expr"]) for rule in rules()), *map(names, [*queries("5m"), *runbook_queries()]))
-    assert asked - exported() - recorded == {"up"}  # which is Prometheus' own
-    assert recorded <= asked, "what is recorded is used"
+    assert asked - exported() - recorded == {"up"}  # Prometheus itself makes it
+    assert recorded <= asked, "a recorded series is not used"
 
 
 @pytest.mark.parametrize(
@@ -123,24 +125,24 @@ def test_every_metric_that_is_asked_for_exists() -> None:
         ("h:i:rate5m / ignoring (j) k unless -Inf < l", {"h:i:rate5m", "k", "l"}),
     ],
 )
-def test_names_of_a_query(query: str, wanted: set[str]) -> None:
+def test_names_finds_the_metrics_of_a_query(query: str, wanted: set[str]) -> None:
     assert names(query) == wanted
 
 
-def test_the_dashboard_is_what_its_script_makes() -> None:
+def test_the_dashboard_is_what_its_generator_writes() -> None:
     script = MONITORING / "dashboard.py"
     made = subprocess.run([sys.executable, str(script), "-"], capture_output=True, text=True, check=True).stdout
     assert made == script.with_suffix(".json").read_text(), f"run {script.name}"
 
 
-def test_the_dashboard_has_no_panel_on_another() -> None:
+def test_panels_do_not_overlap() -> None:
     everything = json.loads((MONITORING / "dashboard.json").read_text())["panels"]
     assert len({panel["id"] for panel in everything}) == len(everything)
     covered = [
         (x, y)
-        for place in (panel["gridPos"] for panel in everything)
+        for position in (panel["gridPos"] for panel in everything)
         for x, y in itertools.product(
-            range(place["x"], place["x"] + place["w"]), range(place["y"], place["y"] + place["h"])
+            range(position["x"], position["x"] + position["w"]), range(position["y"], position["y"] + position["h"])
         )
     ]
     assert len(set(covered)) == len(covered)
@@ -151,7 +153,7 @@ def test_the_dashboard_has_no_panel_on_another() -> None:
 
 
 @pytest.mark.parametrize("panel", panels(), ids=lambda panel: panel["title"])
-def test_a_panel_says_what_it_shows_and_takes_the_variables(panel: dict[str, Any]) -> None:
+def test_a_panel_is_described_and_its_queries_use_the_variables(panel: dict[str, Any]) -> None:
     assert panel["title"] and panel["description"].endswith(".")
     assert panel["fieldConfig"]["defaults"]["unit"] in (
         *("s", "none", "short", "reqps", "percentunit", "suffix:nats", "suffix:tokens/s"),
@@ -165,11 +167,11 @@ def test_a_panel_says_what_it_shows_and_takes_the_variables(panel: dict[str, Any
         assert "[5m]" not in target["expr"] and target["legendFormat"]
 
 
-def test_every_variable_works_without_the_label() -> None:
+def test_every_variable_also_matches_a_missing_label() -> None:
     dashboard = json.loads((MONITORING / "dashboard.json").read_text())
     source, *choices = dashboard["templating"]["list"]
     assert (source["name"], source["type"], source["query"]) == ("datasource", "datasource", "prometheus")
     assert {choice["name"] for choice in choices} == {"namespace", "model"}
     assert all(choice["allValue"] == ".*" and choice["current"]["value"] == ["$__all"] for choice in choices)
     used = {name for query in queries("") for name in re.findall(r"\$(\w+)", query)}
-    assert used == set(), "queries() has put all of them in"
+    assert used == set(), "queries() replaces all variables"

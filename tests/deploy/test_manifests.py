@@ -1,4 +1,4 @@
-"""The manifests: valid, consistent with each other and with the server they start. Needs kubectl, but no cluster."""
+"""The Kubernetes manifests: valid, consistent with each other and with em-serve. Needs kubectl, but no cluster."""
 
 import importlib.util
 import json
@@ -17,11 +17,13 @@ from tests.deploy import manifests
 from tests.deploy.manifests import CASES, DEPLOY, KUBERNETES, Manifests, Node, Object, closed, find, parse
 
 SCHEMAS = Path(__file__).parent / "schemas"
-VERSIONS = ("1.29", "1.37")  # of Kubernetes: the oldest promised in docs/deploy.md, and the newest with a schema
-MARGIN = 15  # seconds for the processes to end after the last request has
+VERSIONS = ("1.29", "1.37")  # of Kubernetes: the oldest that docs/deploy.md supports, and the newest with a schema
+EXIT_MARGIN_S = 15  # for the processes to exit after the last request
 SECRET_KEYS = {"api-key", "hub-token"}
 
-needs_kubectl = pytest.mark.skipif(manifests.kubectl() is None, reason="no kubectl here to render the manifests with")
+needs_kubectl = pytest.mark.skipif(
+    manifests.kubectl() is None, reason="kubectl is not installed: it renders the manifests"
+)
 every_case = pytest.mark.parametrize("case", CASES)
 
 
@@ -31,18 +33,21 @@ def rendered(case: str) -> Manifests:
 
 
 def seconds(probe: Object) -> int:
+    """Return how long a probe may fail, in seconds."""
     return int(probe["periodSeconds"] * probe["failureThreshold"])
 
 
 def selects(labels: Mapping[str, str], node: Node) -> bool:
+    """Return if a selector with these labels matches the pod."""
     return labels.items() <= node.labels.items()
 
 
 def schema(name: str) -> Any:
+    """Return a schema of tests/deploy/schemas that refuses fields it does not name."""
     return closed(yaml.safe_load((SCHEMAS / f"{name}.yaml").read_text()))
 
 
-def test_every_overlay_and_component_is_rendered_by_a_case():
+def test_the_cases_cover_every_overlay_and_component():
     folders = {each.parent.name for each in KUBERNETES.glob("*/*/kustomization.yaml")}
     used = {name for overlay, components in CASES.values() for name in (overlay, *components)}
     assert folders - used == {"gpu", "leader-worker"}  # parts of overlays
@@ -52,7 +57,7 @@ def test_every_overlay_and_component_is_rendered_by_a_case():
 @every_case
 @pytest.mark.parametrize("version", VERSIONS)
 def test_every_object_is_valid(rendered: Manifests, version: str):
-    kubernetes_validate = pytest.importorskip("kubernetes_validate", reason="no kubernetes-validate here")
+    kubernetes_validate = pytest.importorskip("kubernetes_validate", reason="kubernetes-validate is not installed")
     for each in rendered:
         if (SCHEMAS / f"{each['kind'].lower()}.yaml").exists():
             jsonschema.validate(each, schema(each["kind"].lower()))
@@ -65,7 +70,7 @@ def test_every_object_is_valid(rendered: Manifests, version: str):
 
 @needs_kubectl
 @every_case
-def test_em_serve_takes_its_arguments_and_they_fit_the_pod(rendered: Manifests):
+def test_em_serve_accepts_its_arguments_and_they_fit_the_pod(rendered: Manifests):
     for node in rendered.nodes():
         arguments = rendered.arguments(node)
         assert not any("$(" in argument for argument in arguments), arguments
@@ -75,7 +80,7 @@ def test_em_serve_takes_its_arguments_and_they_fit_the_pod(rendered: Manifests):
         assert args.headless == (node.rank > 0)
         assert (args.nnodes, args.node_rank) == (node.size, node.rank)
         assert args.tensor_parallel_size * args.pipeline_parallel_size == max(1, node.gpus) * node.size
-        assert args.tensor_parallel_size == max(1, node.gpus)  # within a machine
+        assert args.tensor_parallel_size == max(1, node.gpus)  # tensor parallelism stays within a machine
         assert (args.model_tag == rendered.environment(node).get("MODEL")) or node.gpus == 0
         if node.size > 1:
             assert args.master_addr == rendered.environment(node)["LWS_LEADER_ADDRESS"]
@@ -90,24 +95,24 @@ def test_the_grace_period_covers_the_drain(rendered: Manifests):
     (timeout,) = timeouts
     assert timeout >= 60
     for node in rendered.nodes():
-        command, told = node.server["lifecycle"]["preStop"]["exec"]["command"]
+        command, delay = node.server["lifecycle"]["preStop"]["exec"]["command"]
         assert command == "sleep"
-        # A worker ends at once when told: it has to be told when the leader has drained.
-        drained = int(told) + timeout if node.rank == 0 else int(told)
-        assert node.spec["terminationGracePeriodSeconds"] >= drained + MARGIN
+        # A worker exits as soon as it gets SIGTERM, so its preStop must last until the leader has drained.
+        drained = int(delay) + timeout if node.rank == 0 else int(delay)
+        assert node.spec["terminationGracePeriodSeconds"] >= drained + EXIT_MARGIN_S
         if node.rank > 0:
             (leader,) = (each for each in leaders if each.workload is node.workload)
-            assert int(told) >= int(leader.server["lifecycle"]["preStop"]["exec"]["command"][1]) + timeout
+            assert int(delay) >= int(leader.server["lifecycle"]["preStop"]["exec"]["command"][1]) + timeout
 
 
 @needs_kubectl
 @every_case
-def test_probes_and_ports_are_those_of_the_server(rendered: Manifests):
+def test_probes_and_ports_match_the_server(rendered: Manifests):
     for node in rendered.nodes():
         server = node.server
         probes = {name: server.get(f"{name}Probe") for name in ("startup", "readiness", "liveness")}
         if node.rank > 0:
-            assert not any(probes.values()) and "ports" not in server  # it answers no HTTP
+            assert not any(probes.values()) and "ports" not in server  # a worker has no HTTP server
             continue
         paths = {name: (probe["httpGet"]["path"], probe["httpGet"]["port"]) for name, probe in probes.items()}
         assert paths == {
@@ -116,7 +121,7 @@ def test_probes_and_ports_are_those_of_the_server(rendered: Manifests):
             "liveness": ("/health/live", "http"),
         }
         assert [port["name"] for port in server["ports"]] == ["http"]
-        # A model's weights come over a network; then the rollout must not be called a failure before the start is.
+        # Weights are downloaded, which takes long; and the rollout must not fail before the startup probe does.
         assert seconds(probes["startup"]) >= (30 * 60 if node.gpus else 60)
         if node.workload["kind"] == "Deployment":
             assert node.workload["spec"].get("progressDeadlineSeconds", 600) > seconds(probes["startup"])
@@ -144,14 +149,14 @@ def test_selectors_find_their_pods_and_no_others(rendered: Manifests):
     for node in nodes:
         if node.workload["kind"] == "Deployment":
             assert selects(node.workload["spec"]["selector"]["matchLabels"], node)
-        else:  # a group has a headless Service of its own name
+        else:  # LeaderWorkerSet creates a headless Service with the name of the group
             assert node.workload["metadata"]["name"] != rendered.one("Service")["metadata"]["name"]
         if node.rank == 0:
             assert all(
                 selects(each["labelSelector"]["matchLabels"], node) for each in node.spec["topologySpreadConstraints"]
             )
     group = [rule for rule in rendered.one("NetworkPolicy")["spec"]["ingress"] if "ports" not in rule]
-    if any(node.size > 1 for node in nodes):  # its members reach each other on any port, and nobody else does
+    if any(node.size > 1 for node in nodes):  # members of a group reach each other on any port, and nobody else does
         ((peers,),) = (rule["from"] for rule in group)
         assert set(peers) == {"podSelector"}
         assert all(selects(peers["podSelector"]["matchLabels"], node) for node in nodes)
@@ -161,7 +166,7 @@ def test_selectors_find_their_pods_and_no_others(rendered: Manifests):
 
 @needs_kubectl
 @every_case
-def test_what_is_referred_to_exists_and_secrets_are_only_referred_to(rendered: Manifests):
+def test_references_exist_and_no_secret_is_defined(rendered: Manifests):
     assert not rendered.of("Secret")
     existing = {(each["kind"], each["metadata"]["name"]) for each in rendered}
     for node in rendered.nodes():
@@ -169,29 +174,31 @@ def test_what_is_referred_to_exists_and_secrets_are_only_referred_to(rendered: M
         assert ("ServiceAccount", spec["serviceAccountName"]) in existing
         claims = {each["claimName"] for each in find(spec, "persistentVolumeClaim")}
         owned = {name for kind, name in existing if kind == "PersistentVolumeClaim"}
-        assert claims == owned or (claims == {"models"} and not owned)  # the last is the operator's own
+        assert claims == owned or (
+            claims == {"models"} and not owned
+        )  # the second is the claim of existing-claim, which the operator creates
         assert {mount["name"] for mount in node.server["volumeMounts"]} == {
             volume["name"] for volume in spec["volumes"]
         }
         for secret in find(spec, "secretKeyRef"):
             assert secret["name"] == "em-inf-server" and secret["key"] in SECRET_KEYS
-            assert secret.get("optional", False) == (secret["key"] == "hub-token")  # without its key, no server starts
+            assert secret.get("optional", False) == (secret["key"] == "hub-token")  # without api-key, no server starts
     for text in (path.read_text() for path in DEPLOY.rglob("*.yaml")):
         assert "stringData" not in text and "kind: Secret" not in text
 
 
 @needs_kubectl
 @every_case
-def test_images_are_this_projects_and_pinned(rendered: Manifests):
+def test_images_are_the_projects_own(rendered: Manifests):
     for node in rendered.nodes():
         name, tag = node.server["image"].split(":")
         assert (name, tag) == ("em-inf-server", "cuda" if node.gpus else "cpu")
-        assert "command" not in node.server  # the image's entrypoint is em-serve, which gets the signals
+        assert "command" not in node.server  # so that the entrypoint, em-serve, runs and receives the signals
 
 
 @needs_kubectl
 @every_case
-def test_pods_are_hardened_and_can_still_write_where_they_must(rendered: Manifests):
+def test_pods_are_hardened_and_have_the_volumes_they_write_to(rendered: Manifests):
     account = rendered.one("ServiceAccount")
     assert account["automountServiceAccountToken"] is False
     for node in rendered.nodes():
@@ -206,7 +213,7 @@ def test_pods_are_hardened_and_can_still_write_where_they_must(rendered: Manifes
         volumes = {volume["name"]: volume for volume in node.spec["volumes"]}
         assert volumes[mounts["/dev/shm"]]["emptyDir"]["medium"] == "Memory"
         resources = node.server["resources"]
-        assert resources["limits"]["memory"] == resources["requests"]["memory"]  # what is not there cannot be lent
+        assert resources["limits"]["memory"] == resources["requests"]["memory"]  # memory must not be overcommitted
         assert "cpu" in resources["requests"] and "cpu" not in resources["limits"]
         shm = volumes[mounts["/dev/shm"]]["emptyDir"]["sizeLimit"]
         assert shm == (f"{2 * node.gpus}Gi" if node.gpus else "1Gi")
@@ -214,9 +221,9 @@ def test_pods_are_hardened_and_can_still_write_where_they_must(rendered: Manifes
 
 @needs_kubectl
 @pytest.mark.parametrize("case", ["keda", "hpa"])
-def test_autoscaling_drains_and_asks_for_metrics_that_exist(rendered: Manifests, case: str):
+def test_autoscaling_lets_pods_drain_and_uses_existing_metrics(rendered: Manifests, case: str):
     deployment = rendered.one("Deployment")
-    assert "replicas" not in deployment["spec"]  # or each `kubectl apply` would set it back
+    assert "replicas" not in deployment["spec"]  # otherwise each `kubectl apply` would reset it
     autoscaler = rendered.one("ScaledObject" if case == "keda" else "HorizontalPodAutoscaler")
     assert autoscaler["spec"]["scaleTargetRef"]["name"] == deployment["metadata"]["name"]
     (down,) = find(autoscaler, "scaleDown")
@@ -240,16 +247,16 @@ def test_autoscaling_drains_and_asks_for_metrics_that_exist(rendered: Manifests,
 
 @needs_kubectl
 @pytest.mark.parametrize("case", ["keda"])
-def test_rules_and_dashboard_are_those_of_deploy_monitoring(rendered: Manifests):
+def test_rules_and_dashboard_are_copies_of_deploy_monitoring(rendered: Manifests):
     rules = yaml.safe_load((DEPLOY / "monitoring/rules.yaml").read_text())
     assert rendered.one("PrometheusRule")["spec"] == rules, "run components/monitoring/prometheusrule.sh"
     (dashboard,) = (each for each in rendered.of("ConfigMap") if "grafana_dashboard" in each["metadata"]["labels"])
     ((_, text),) = dashboard["data"].items()
     assert json.loads(text) == json.loads((DEPLOY / "monitoring/dashboard.json").read_text())
-    assert len(json.dumps(dashboard)) < 262144  # bytes, what `kubectl apply` can note in an annotation
+    assert len(json.dumps(dashboard)) < 262144  # bytes, the limit of the annotation that `kubectl apply` writes
 
 
-def test_values_of_the_production_stack():
+def test_the_values_of_the_production_stack_fit_the_chart_and_the_image():
     values = yaml.safe_load((DEPLOY / "production-stack/values.yaml").read_text())
     jsonschema.validate(values, schema("production-stack"))
     engine = values["servingEngineSpec"]
@@ -268,7 +275,7 @@ def test_values_of_the_production_stack():
 
 
 def test_the_charts_fixed_command_starts_em_serve(tmp_path: Path):
-    """`vllm serve MODEL ...` as the chart's template has it, where the ConfigMap's `vllm` is found first."""
+    """Run the template's `vllm serve MODEL ...` with the ConfigMap's `vllm` first on the PATH."""
     values = yaml.safe_load((DEPLOY / "production-stack/values.yaml").read_text())
     (model,) = values["servingEngineSpec"]["modelSpec"]
     config, port = model["vllmConfig"], str(values["servingEngineSpec"]["containerPort"])
@@ -288,6 +295,6 @@ def test_the_charts_fixed_command_starts_em_serve(tmp_path: Path):
     started = subprocess.run(command, env=env, capture_output=True, text=True, timeout=30, check=True)
     args = parse(json.loads(started.stdout))
     assert (args.model_tag, args.port, args.max_model_len) == (model["modelURL"], int(port), config["maxModelLen"])
-    assert 0 < args.shutdown_timeout <= 30 - 10  # the chart leaves Kubernetes' grace period of 30 s
+    assert 0 < args.shutdown_timeout <= 30 - 10  # the chart keeps Kubernetes' default grace period of 30 s
     refused = subprocess.run(["vllm", "bench"], env=env, capture_output=True, text=True, timeout=30, check=False)
     assert refused.returncode == 2 and "only serves" in refused.stderr
