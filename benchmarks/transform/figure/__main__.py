@@ -3,6 +3,7 @@
 It shows the float64 reference on one random row with the shape of a language model's logits.
 """
 
+import argparse
 from pathlib import Path
 
 import matplotlib
@@ -23,6 +24,7 @@ STEPS = (1, 5, 15)
 
 def main() -> None:
     """Draw the figure and save it."""
+    argparse.ArgumentParser(description=__doc__).parse_args()
     logits = language_model_logits(ROW + 1, VOCAB, origin="bfloat16")[ROW].double().numpy()
     values, counts = np.unique(logits, return_counts=True)
     p = reference.softmax(logits)
