@@ -1,4 +1,4 @@
-"""One em-serve for each of vLLM's runners, shared by all tests that need a running engine."""
+"""One em-serve for each of vLLM's runners, shared by all tests that need no special flags."""
 
 from collections.abc import Iterator
 
@@ -7,9 +7,9 @@ import pytest
 from harness.launch import together
 from tests.engine.launch import Server, serve
 
-# Small on purpose: long prompts are prefilled in chunks, and more requests than the cache holds are preempted. On the
-# CPU, vLLM 0.32's V1 runner dies where a request with a seed is prefilled in chunks (docs/findings/upstream.md): the
-# tests give no seed to more than 128 tokens of prompt at a time.
+# Small limits, so that long prompts are prefilled in chunks and requests are preempted when the cache is full. On the
+# CPU, vLLM 0.32's V1 runner dies if a request with a seed is prefilled in chunks (docs/findings/upstream.md): at any
+# time, the requests with a seed have at most 128 prompt tokens together.
 STRESS_FLAGS = (
     *("--max-num-batched-tokens", "128"),
     *("--max-num-seqs", "16"),
@@ -37,6 +37,6 @@ def v2(runners: list[Server]) -> Server:
 
 @pytest.fixture(params=["v1", "v2"])
 def engine(request: pytest.FixtureRequest) -> Server:
-    """The server of each runner in turn."""
+    """Run the test twice: on the server of each runner."""
     server: Server = request.getfixturevalue(request.param)
     return server

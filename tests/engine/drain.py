@@ -1,4 +1,4 @@
-"""What has to happen when a server that is answering is told to stop."""
+"""What must happen when a busy server gets SIGTERM."""
 
 import asyncio
 import os
@@ -14,20 +14,20 @@ from tests.engine.support import CHAT
 LONG: dict[str, Any] = {"model": "demo", "messages": CHAT, "temperature": 1, "max_tokens": 180}
 
 
-async def stops_in_good_order(server: Server) -> None:
-    """Streams and a strategy end as if nothing had happened, new requests are refused, readiness fails."""
+async def check_drain(server: Server) -> None:
+    """Send SIGTERM; check that the server finishes what it runs, refuses new requests with 503 and exits with 0."""
     process = psutil.Process(server.pid)
-    begun = [asyncio.Event() for _ in range(6)]
-    replies = [_streamed(server, seed, event) for seed, event in enumerate(begun)]
-    running = [asyncio.create_task(reply) for reply in (*replies, _voted(server))]
-    await asyncio.gather(*(asyncio.wait_for(event.wait(), 60) for event in begun))
+    first_chunks = [asyncio.Event() for _ in range(6)]
+    replies = [_stream(server, seed, event) for seed, event in enumerate(first_chunks)]
+    running = [asyncio.create_task(reply) for reply in (*replies, _vote(server))]
+    await asyncio.gather(*(asyncio.wait_for(event.wait(), 60) for event in first_chunks))
     async with server.async_http() as http:
         assert (await http.get("/health/ready")).status_code == 200
         os.kill(server.pid, signal.SIGTERM)
         deadline = time.monotonic() + 5
         while (await http.get("/health/ready")).status_code != 503:
-            assert time.monotonic() < deadline, "ready, while it drains"
-        assert not all(task.done() for task in running), "there was nothing to wait for"
+            assert time.monotonic() < deadline, "still ready while it drains"
+        assert not all(task.done() for task in running), "no request was running"
         refused = await http.post("/v1/completions", json={"model": "demo", "prompt": "1"})
         assert refused.status_code == 503
         assert refused.json()["error"] | {"message": ""} == {
@@ -38,25 +38,25 @@ async def stops_in_good_order(server: Server) -> None:
         }
         assert (refused.headers["retry-after"], refused.headers["connection"]) == ("1", "close")
         assert (await http.get("/health/live")).status_code == 200
-        assert (await http.get("/metrics")).status_code == 200  # the last tokens are counted too
+        assert (await http.get("/metrics")).status_code == 200  # Prometheus can still scrape the last tokens
     await asyncio.gather(*running)
     assert process.wait(60) == 0
 
 
-async def _streamed(server: Server, seed: int, begun: asyncio.Event) -> None:
+async def _stream(server: Server, seed: int, first_chunk: asyncio.Event) -> None:
     extra = {"ignore_eos": True, "em_inf": {"stats": "summary"}}
     stream = await server.async_client.chat.completions.create(stream=True, seed=seed, extra_body=extra, **LONG)
-    reason, block = None, None
+    reason, summaries = None, None
     async for chunk in stream:
-        begun.set()
+        first_chunk.set()
         reason = chunk.choices[0].finish_reason if chunk.choices else reason
-        block = getattr(chunk, "em_inf", block)
+        summaries = getattr(chunk, "em_inf", summaries)
     assert reason == "length"
-    assert block is not None and (block[0]["tokens"], block[0]["missing"]) == (180, 0)
+    assert summaries is not None and (summaries[0]["tokens"], summaries[0]["missing"]) == (180, 0)
 
 
-async def _voted(server: Server) -> None:
-    """Its branches start one after another: most of them when the server is already draining."""
+async def _vote(server: Server) -> None:
+    """Ask for a strategy whose branches start one after another: most of them while the server drains."""
     extra = {"ignore_eos": True, "strategy": {"type": "self_consistency", "n": 12, "parallel": 1}}
     reply: Any = await server.async_client.chat.completions.create(
         seed=1, extra_body=extra, **LONG | {"max_tokens": 80}

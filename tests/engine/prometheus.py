@@ -1,4 +1,4 @@
-"""A real Prometheus beside a server under load, and what its counters have to be."""
+"""A real Prometheus that scrapes a server under load, and the values that its counters must have."""
 
 import asyncio
 import contextlib
@@ -24,22 +24,22 @@ PROMETHEUS, PROMTOOL = (shutil.which(tool, path=BIN) or shutil.which(tool) for t
 needs_prometheus = pytest.mark.skipif(not (PROMETHEUS and PROMTOOL), reason="no prometheus: see scripts/test-tools.sh")
 
 METHODS = {"em_inf": EM | {"steps": 7}, "adaptive_temperature": ADAPTIVE, "none": {"method": "none"}}
-# A row of float32 logits depends on the rest of its batch in the last bits, and a token near a threshold with it.
-NEARLY = 0.01
+# The last bits of float32 logits depend on the rest of the batch, so a token near a threshold may fall on either side.
+RELATIVE_TOLERANCE = 0.01
 
 
 class Prometheus:
-    """A running Prometheus that scrapes one server twice a second."""
+    """A client of a running Prometheus that scrapes one server twice a second."""
 
     def __init__(self, url: str) -> None:
         self.http = httpx.Client(base_url=url, timeout=30)
 
-    def scraped(self) -> Counter[tuple[str, str]]:
-        """Our series as of the next scrape, summed by name and method (without one: by outcome, or "")."""
-        asked = time.time()
-        while float(([*self.query("timestamp(up)")] or [{"value": [0, 0]}])[0]["value"][1]) < asked:
+    def next_scrape(self) -> Counter[tuple[str, str]]:
+        """Wait for the next scrape; return our series, summed by name and method (or outcome, or "")."""
+        start = time.time()
+        while float(([*self.query("timestamp(up)")] or [{"value": [0, 0]}])[0]["value"][1]) < start:
             time.sleep(0.1)
-            assert time.time() < asked + 30, "no scrape came"
+            assert time.time() < start + 30, "Prometheus did not scrape"
         sums: Counter[tuple[str, str]] = Counter()
         for series in self.query('{__name__=~"em_inf_.*"}'):
             labels = series["metric"]
@@ -48,14 +48,14 @@ class Prometheus:
         return sums
 
     def query(self, query: str) -> list[dict[str, Any]]:
-        """The series that answer it now."""
+        """Return the series that `query` has now."""
         result: list[dict[str, Any]] = self.http.get("/api/v1/query", params={"query": query}).json()["data"]["result"]
         return result
 
 
 @contextlib.contextmanager
 def scraping(server: Server, folder: Path, name: str = "em", **config: Any) -> Iterator[Prometheus]:
-    """Under the job `name`, with what else Prometheus' configuration is to have."""
+    """Run Prometheus until the block ends, with a job `name` for the server and `config` added to its configuration."""
     target = server.url.removeprefix("http://")
     job = {"job_name": name, "scrape_interval": "500ms", "static_configs": [{"targets": [target]}]}
     (folder / "prometheus.yml").write_text(json.dumps({"scrape_configs": [job]} | config))
@@ -78,56 +78,57 @@ def scraping(server: Server, folder: Path, name: str = "em", **config: Any) -> I
 
 
 def load(server: Server, stats: list[str], requests: int = 120) -> list[tuple[str, dict[str, Any]]]:
-    """Replies to mixed requests, sixteen at a time, each over its own connection: (method, reply)."""
+    """Send mixed requests, sixteen at a time, each over its own connection; return (method, response) of each."""
     bodies = [
         {"prompt": UNSURE, "seed": i, "max_tokens": 5 + i % 40, "ignore_eos": i % 2 == 0, "n": 1 + i % 2}
         | {"em_inf": settings | {"stats": stats[i % len(stats)]}}
         for i, settings in zip(range(requests), list(METHODS.values()) * requests, strict=False)
     ]
 
-    async def one(turn: asyncio.Semaphore, body: dict[str, Any]) -> dict[str, Any]:
-        async with turn, server.async_http() as client:
+    async def send(limit: asyncio.Semaphore, body: dict[str, Any]) -> dict[str, Any]:
+        async with limit, server.async_http() as client:
             return await post(client, body)
 
-    async def run() -> list[dict[str, Any]]:
-        turn = asyncio.Semaphore(16)
-        return await asyncio.gather(*(one(turn, body) for body in bodies))
+    async def send_all() -> list[dict[str, Any]]:
+        limit = asyncio.Semaphore(16)
+        return await asyncio.gather(*(send(limit, body) for body in bodies))
 
     methods = [body["em_inf"].get("method", "em_inf") for body in bodies]
-    return list(zip(methods, asyncio.run(run()), strict=True))
+    return list(zip(methods, asyncio.run(send_all()), strict=True))
 
 
-def summed(replies: list[tuple[str, dict[str, Any]]]) -> Counter[tuple[str, str]]:
-    """What the counters have to say of these replies, by name and method."""
+def expected_counters(responses: list[tuple[str, dict[str, Any]]]) -> Counter[tuple[str, str]]:
+    """Return the sums over these responses, by the counter's name and method."""
     sums: Counter[tuple[str, str]] = Counter({("em_inf_missing_tokens_total", method): 0 for method in METHODS})
-    for method, reply in replies:
-        for entry in reply["em_inf"]:
+    for method, response in responses:
+        for summary in response["em_inf"]:
             for name in ("tokens", "optimized_tokens", "steps"):
-                sums[f"em_inf_{name}_total", method] += entry[name]
+                sums[f"em_inf_{name}_total", method] += summary[name]
             for name in ("before", "after"):
-                sums[f"em_inf_entropy_{name}_nats_count", method] += entry["tokens"]
-                sums[f"em_inf_entropy_{name}_nats_sum", method] += entry["tokens"] * entry[f"entropy_{name}"]
+                sums[f"em_inf_entropy_{name}_nats_count", method] += summary["tokens"]
+                sums[f"em_inf_entropy_{name}_nats_sum", method] += summary["tokens"] * summary[f"entropy_{name}"]
     return sums
 
 
-def counters_are_the_sums_over_the_replies(server: Server, folder: Path, requests: int) -> None:
+def check_counters(server: Server, folder: Path, requests: int) -> None:
+    """Check that Prometheus' counters grow by the sums over the responses, with and without stats in these."""
     with scraping(server, folder) as prometheus:
-        start = prometheus.scraped()
-        replies = load(server, ["summary", "tokens"], requests)
-        middle = prometheus.scraped()
-        gained, wanted = middle - start, summed(replies)
-        rounding = 1e-6 * sum(reply["usage"]["completion_tokens"] for _, reply in replies)
-        assert {key: gained[key] for key in wanted} == pytest.approx(wanted, rel=1e-9, abs=rounding)
-        assert gained["em_inf_requests_total", "completed"] == requests
-        assert gained["em_inf_transform_seconds_total", ""] > 0
+        start = prometheus.next_scrape()
+        responses = load(server, ["summary", "tokens"], requests)
+        middle = prometheus.next_scrape()
+        growth, expected = middle - start, expected_counters(responses)
+        rounding = 1e-6 * sum(response["usage"]["completion_tokens"] for _, response in responses)
+        assert {key: growth[key] for key in expected} == pytest.approx(expected, rel=1e-9, abs=rounding)
+        assert growth["em_inf_requests_total", "completed"] == requests
+        assert growth["em_inf_transform_seconds_total", ""] > 0
         assert middle["em_inf_records_dropped_total", ""] == 0
 
-        # The same without statistics in the replies: the workers send sums, in which every token has its place.
-        silent = load(server, ["none"], requests)
+        # The same load without stats in the responses: the workers send totals, which must count every token.
+        without_stats = load(server, ["none"], requests)
         server.until(lambda: server.metric("em_inf_tracked_requests") == 0)
-        again = prometheus.scraped() - middle
-        assert not any("em_inf" in reply for _, reply in silent)
+        growth = prometheus.next_scrape() - middle
+        assert not any("em_inf" in response for _, response in without_stats)
         for method in METHODS:
-            used = sum(reply["usage"]["completion_tokens"] for m, reply in silent if m == method)
-            assert again["em_inf_tokens_total", method] == used
-        assert {key: again[key] for key in wanted} == pytest.approx(wanted, rel=NEARLY, abs=1)
+            used = sum(response["usage"]["completion_tokens"] for m, response in without_stats if m == method)
+            assert growth["em_inf_tokens_total", method] == used
+        assert {key: growth[key] for key in expected} == pytest.approx(expected, rel=RELATIVE_TOLERANCE, abs=1)

@@ -1,7 +1,11 @@
-"""Requests to the demo model, and the settings that the engine's tests share."""
+"""What the engine's tests share: requests to the demo model, settings, and the check of stats by the reference."""
 
 import asyncio
 import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
 from typing import Any
 
 import httpx
@@ -11,76 +15,78 @@ import pytest
 import demo
 from em_sampler.params import parse_params
 from em_sampler.transforms import reference
-from tests.engine.launch import Server
+from tests.engine.launch import API_KEY, ROOT, Server
 
 EM = {"threshold": 0.1, "steps": 12, "learning_rate": 0.3}
 ADAPTIVE = {"method": "adaptive_temperature", "ratio": 0.4}
-STRONG = {"threshold": 0.0, "steps": 64, "learning_rate": 10.0}  # nothing but the top token is left
+STRONG = {"threshold": 0.0, "steps": 64, "learning_rate": 10.0}  # leaves only the top token
 CAPPED = {"threshold": 0.0, "steps": 7, "learning_rate": 10.0, "kl_weight": 0.0}  # the same in few steps
-UNSURE = "Q"  # nothing the model was trained on: its next characters are open
+UNSURE = "Q"  # not in the training data: many next characters are likely
 CHAT: list[Any] = [{"role": "user", "content": "58+17*3-29"}]
-VOCABULARY = json.loads((demo.MODEL_PATH / "config.json").read_text())["vocab_size"]
-ALL_LOGPROBS = {"logprobs": VOCABULARY, "return_tokens_as_token_ids": True}
+VOCAB_SIZE = json.loads((demo.MODEL_PATH / "config.json").read_text())["vocab_size"]
+ALL_LOGPROBS = {"logprobs": VOCAB_SIZE, "return_tokens_as_token_ids": True}
 
 
-async def post(client: httpx.AsyncClient, body: dict[str, Any], delay: float = 0.0) -> dict[str, Any]:
-    await asyncio.sleep(delay)
-    answer = await client.post("/v1/completions", json={"model": "demo", "return_token_ids": True} | body)
-    assert answer.status_code == 200, answer.text
-    result: dict[str, Any] = answer.json()
+async def post(client: httpx.AsyncClient, body: dict[str, Any], delay_s: float = 0.0) -> dict[str, Any]:
+    """Send a completion request after `delay_s`; return the response's JSON."""
+    await asyncio.sleep(delay_s)
+    response = await client.post("/v1/completions", json={"model": "demo", "return_token_ids": True} | body)
+    assert response.status_code == 200, response.text
+    result: dict[str, Any] = response.json()
     return result
 
 
 def complete(server: Server, *bodies: dict[str, Any], one_by_one: bool = False) -> list[dict[str, Any]]:
-    """Answers to completion requests: all in flight together, entering a little after one another, or one by one."""
+    """Send completion requests, one every 10 ms or each after the response to the last; return the responses' JSON."""
 
-    async def run() -> list[dict[str, Any]]:
+    async def send_all() -> list[dict[str, Any]]:
         async with server.async_http() as client:
             if one_by_one:
                 return [await post(client, body) for body in bodies]
             return await asyncio.gather(*(post(client, body, 0.01 * i) for i, body in enumerate(bodies)))
 
-    return asyncio.run(run())
+    return asyncio.run(send_all())
 
 
-def tokens(answer: dict[str, Any], choice: int = 0) -> list[int]:
-    ids: list[int] = answer["choices"][choice]["token_ids"]
+def tokens(response: dict[str, Any], choice: int = 0) -> list[int]:
+    ids: list[int] = response["choices"][choice]["token_ids"]
     return ids
 
 
-def rows_of(choice: dict[str, Any]) -> np.ndarray[Any, Any]:
-    """The model's log-probabilities at each token of a choice, [tokens, vocab]."""
-    names = [f"token_id:{token}" for token in range(VOCABULARY)]
+def logprob_rows(choice: dict[str, Any]) -> np.ndarray[Any, Any]:
+    """Return the model's log-probabilities at each token of a choice, [tokens, vocab]."""
+    names = [f"token_id:{token}" for token in range(VOCAB_SIZE)]
     return np.array([[row[name] for name in names] for row in choice["logprobs"]["top_logprobs"]])
 
 
-def check(answer: dict[str, Any], em_inf: dict[str, Any]) -> int:
-    """Hold every token of an answer's choices to the oracle; returns how many there were."""
+def check_stats(response: dict[str, Any], em_inf: dict[str, Any]) -> int:
+    """Check the stats of every token of a response against the reference; return the number of tokens."""
     count = 0
-    for choice, entry in zip(answer["choices"], answer["em_inf"], strict=True):
-        rows = rows_of(choice)
-        per_token = entry["per_token"]
-        assert entry["index"] == choice["index"]
-        assert entry["tokens"] == len(per_token) == len(rows) == len(choice["token_ids"])
-        assert entry["missing"] == 0
+    for choice, summary in zip(response["choices"], response["em_inf"], strict=True):
+        rows = logprob_rows(choice)
+        per_token = summary["per_token"]
+        assert summary["index"] == choice["index"]
+        assert summary["tokens"] == len(per_token) == len(rows) == len(choice["token_ids"])
+        assert summary["missing"] == 0
         before = [token["before"] for token in per_token]
         assert np.abs(np.array(before) - [reference.entropy(row) for row in rows]).max() < 1e-4
         params = parse_params(em_inf)
         for row, token in zip(rows, per_token, strict=True):
-            after, steps = transformed(row, params)
-            if abs(token["before"] - getattr(params, "threshold", -1)) > 1e-4:  # else either side of it is right
+            after, steps = reference_stats(row, params)
+            # So near the threshold, float32 may fall on either side of it.
+            if abs(token["before"] - getattr(params, "threshold", -1)) > 1e-4:
                 assert token["steps"] == steps
-                assert abs(token["after"] - after) < 5e-3  # float32 and as many steps; adam magnifies rounding
-        assert entry["steps"] == sum(token["steps"] for token in per_token)
-        assert entry["optimized_tokens"] == sum(token["steps"] > 0 for token in per_token)
-        assert entry["entropy_before"] == pytest.approx(np.mean(before), abs=2e-6)
-        assert entry["entropy_after"] == pytest.approx(np.mean([token["after"] for token in per_token]), abs=2e-6)
+                assert abs(token["after"] - after) < 5e-3  # float32 over many steps; adam magnifies rounding
+        assert summary["steps"] == sum(token["steps"] for token in per_token)
+        assert summary["optimized_tokens"] == sum(token["steps"] > 0 for token in per_token)
+        assert summary["entropy_before"] == pytest.approx(np.mean(before), abs=2e-6)
+        assert summary["entropy_after"] == pytest.approx(np.mean([token["after"] for token in per_token]), abs=2e-6)
         count += len(rows)
     return count
 
 
-def transformed(row: reference.Row, params: Any) -> tuple[float, int]:
-    """Entropy and steps of the oracle."""
+def reference_stats(row: reference.Row, params: Any) -> tuple[float, int]:
+    """Return the entropy after the method, in nats, and the steps that the reference takes."""
     if params.method == "em_inf":
         changed, steps = reference.em_inf(row, params)
         return reference.entropy(changed), steps
@@ -89,3 +95,16 @@ def transformed(row: reference.Row, params: Any) -> tuple[float, int]:
             reference.entropy(row) > params.threshold
         )
     return reference.entropy(row), 0
+
+
+def run_example(script: str, *arguments: str, env: Mapping[str, str] = os.environ) -> str:
+    """Run a script of examples/; return what it prints."""
+    command = [sys.executable, str(ROOT / "examples" / script), *arguments]
+    done = subprocess.run(command, env=dict(env), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout
+
+
+def run_client_example(script: str, server: Server) -> str:
+    """Run a script of examples/ that talks to `server`; return what it prints."""
+    return run_example(script, "--base-url", f"{server.url}/v1", env=os.environ | {"OPENAI_API_KEY": API_KEY})

@@ -1,4 +1,4 @@
-"""The HTTP face through the official OpenAI client: every form of `em_inf`, and what is wrong with a request."""
+"""The HTTP interface through the official OpenAI client: every form of `em_inf`, and every error of a request."""
 
 import json
 from typing import Any
@@ -7,11 +7,9 @@ import openai
 import pytest
 
 from tests.engine.launch import Server
+from tests.engine.support import CHAT, STRONG
 
 pytestmark = pytest.mark.engine
-
-STRONG = {"threshold": 0.0, "steps": 64, "learning_rate": 10.0}  # nothing but the top token is left
-CHAT: list[Any] = [{"role": "user", "content": "58+17*3-29"}]
 
 
 @pytest.fixture
@@ -61,12 +59,12 @@ def test_chat_stream(client: openai.OpenAI, greedy: str) -> None:
 @pytest.mark.parametrize("stream", [False, True])
 def test_completions(client: openai.OpenAI, stream: bool) -> None:
     def run(**options: Any) -> list[str]:
-        prompts = ["Q", "zq"]  # nothing the model was trained on: plain sampling strays
-        answer: Any = client.completions.create(model="demo", prompt=prompts, max_tokens=12, seed=5, **options)
+        prompts = ["Q", "zq"]  # not in the training data: plain sampling is not greedy
+        response: Any = client.completions.create(model="demo", prompt=prompts, max_tokens=12, seed=5, **options)
         if not options.get("stream"):
-            return [choice.text for choice in answer.choices]
+            return [choice.text for choice in response.choices]
         texts = ["", ""]
-        for chunk in answer:
+        for chunk in response:
             for choice in chunk.choices:
                 texts[choice.index] += choice.text
         return texts
@@ -79,11 +77,11 @@ def test_completions(client: openai.OpenAI, stream: bool) -> None:
 @pytest.mark.parametrize("stream", [False, True])
 def test_responses(client: openai.OpenAI, stream: bool) -> None:
     def run(**options: Any) -> str:
-        answer: Any = client.responses.create(model="demo", input="58+17*3-29", max_output_tokens=24, **options)
+        response: Any = client.responses.create(model="demo", input="58+17*3-29", max_output_tokens=24, **options)
         if not options.get("stream"):
-            output: str = answer.output_text
+            output: str = response.output_text
             return output
-        return "".join(event.delta for event in answer if event.type == "response.output_text.delta")
+        return "".join(event.delta for event in response if event.type == "response.output_text.delta")
 
     greedy = run(temperature=0)
     assert run(temperature=2.0, extra_body={"em_inf": STRONG}, stream=stream) == greedy
@@ -91,11 +89,11 @@ def test_responses(client: openai.OpenAI, stream: bool) -> None:
 
 
 def test_logprobs_with_em_inf(client: openai.OpenAI, greedy: str) -> None:
-    answer = chat(client, STRONG, logprobs=True, top_logprobs=3)
-    assert text(answer) == greedy
-    tops = answer.choices[0].logprobs.content
-    assert len(tops) == answer.usage.completion_tokens
-    for token in tops:  # the top token was drawn each time, and keeps the model's own probability
+    response = chat(client, STRONG, logprobs=True, top_logprobs=3)
+    assert text(response) == greedy
+    tops = response.choices[0].logprobs.content
+    assert len(tops) == response.usage.completion_tokens
+    for token in tops:  # the top token was sampled each time, and keeps the model's own probability
         assert token.logprob == max(t.logprob for t in token.top_logprobs)
     assert min(token.logprob for token in tops) < -0.01
 
@@ -109,9 +107,9 @@ def test_json_schema_with_em_inf(client: openai.OpenAI) -> None:
     }
     form = {"type": "json_schema", "json_schema": {"name": "reply", "schema": schema, "strict": True}}
     for seed in range(3):
-        answer = json.loads(text(chat(client, True, response_format=form, seed=seed, max_tokens=100, temperature=1)))
-        assert set(answer) == {"sure", "colour"}
-        assert answer["colour"] in ("red", "green")
+        content = json.loads(text(chat(client, True, response_format=form, seed=seed, max_tokens=100, temperature=1)))
+        assert set(content) == {"sure", "colour"}
+        assert content["colour"] in ("red", "green")
 
 
 def test_n_choices(client: openai.OpenAI) -> None:
@@ -122,12 +120,14 @@ def test_n_choices(client: openai.OpenAI) -> None:
 
 
 def nested(depth: int) -> Any:
+    """Return an object with lists and objects nested to twice this depth."""
     value: Any = 1
     for _ in range(depth):
         value = {"threshold": [value]}
     return value
 
 
+# em_inf, the field that the error names, and a part of its message.
 BAD: dict[str, tuple[Any, str, str]] = {
     "above the range": ({"threshold": 21}, "body.em_inf.threshold", "from 0 up to 20"),
     "below the range": ({"steps": -1}, "body.em_inf.steps", "from 0 up to 64"),
@@ -149,19 +149,19 @@ BAD: dict[str, tuple[Any, str, str]] = {
 
 
 @pytest.mark.parametrize("route", ["/v1/chat/completions", "/v1/completions", "/v1/responses"])
-@pytest.mark.parametrize(("value", "param", "says"), BAD.values(), ids=BAD.keys())
-def test_bad_values(v1: Server, greedy: str, route: str, value: Any, param: str, says: str) -> None:
+@pytest.mark.parametrize(("value", "param", "message"), BAD.values(), ids=BAD.keys())
+def test_bad_values(v1: Server, greedy: str, route: str, value: Any, param: str, message: str) -> None:
     content: dict[str, Any] = {
         "/v1/chat/completions": {"messages": CHAT},
         "/v1/completions": {"prompt": "7"},
         "/v1/responses": {"input": "7"},
     }[route]
     body = json.dumps({"model": "demo", **content, "em_inf": value})
-    answer = v1.http.post(route, content=body, headers={"Content-Type": "application/json"})
-    assert answer.status_code == 400, answer.text[:500]
-    error = answer.json()["error"]
+    response = v1.http.post(route, content=body, headers={"Content-Type": "application/json"})
+    assert response.status_code == 400, response.text[:500]
+    error = response.json()["error"]
     assert error["param"] == param
-    assert says in error["message"]
+    assert message in error["message"]
     assert len(error["message"]) < 400
     assert (error["code"], type(error["type"])) == (400, str)
     assert text(chat(v1.client, STRONG)) == greedy
@@ -177,9 +177,9 @@ MALFORMED = {
 
 @pytest.mark.parametrize("body", MALFORMED.values(), ids=MALFORMED.keys())
 def test_malformed_bodies(v1: Server, greedy: str, body: bytes) -> None:
-    answer = v1.http.post("/v1/chat/completions", content=body, headers={"Content-Type": "application/json"})
-    assert answer.status_code == 400
-    assert len(answer.json()["error"]["message"]) < 2000
+    response = v1.http.post("/v1/chat/completions", content=body, headers={"Content-Type": "application/json"})
+    assert response.status_code == 400
+    assert len(response.json()["error"]["message"]) < 2000
     assert text(chat(v1.client, STRONG)) == greedy
 
 
@@ -207,19 +207,19 @@ def test_beam_search_is_refused(client: openai.OpenAI, em_inf: Any) -> None:
     with pytest.raises(openai.BadRequestError, match="beam search does not sample") as caught:
         chat(client, em_inf, n=2, temperature=0, extra_body={"use_beam_search": True})
     assert caught.value.param == "body.em_inf"
-    answer = chat(client, False, n=2, temperature=0, extra_body={"use_beam_search": True})
-    assert len(answer.choices) == 2
+    response = chat(client, False, n=2, temperature=0, extra_body={"use_beam_search": True})
+    assert len(response.choices) == 2
 
 
-def test_routes_that_do_not_sample_say_so(v1: Server) -> None:
-    answer = v1.http.post("/tokenize", json={"model": "demo", "prompt": "7", "em_inf": {}})
-    assert answer.status_code == 400
-    assert answer.json()["error"]["param"] == "body.em_inf"
-    assert "/v1/chat/completions" in answer.json()["error"]["message"]
+def test_routes_that_do_not_sample_refuse_em_inf(v1: Server) -> None:
+    response = v1.http.post("/tokenize", json={"model": "demo", "prompt": "7", "em_inf": {}})
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] == "body.em_inf"
+    assert "/v1/chat/completions" in response.json()["error"]["message"]
     assert v1.http.post("/tokenize", json={"model": "demo", "prompt": "7"}).json()["count"] == 1
 
 
-def test_what_the_server_supports(v1: Server) -> None:
+def test_clients_can_ask_what_the_server_supports(v1: Server) -> None:
     supported = v1.http.get("/v1/em_inf").json()
     assert supported["available"] is True
     assert supported["default"] is None

@@ -1,4 +1,4 @@
-"""What a real Prometheus sees of a server under load. Servers of several processes: test_servers.py."""
+"""Our metrics as a real Prometheus scrapes them under load. For servers of several processes: test_servers.py."""
 
 import subprocess
 from pathlib import Path
@@ -7,18 +7,18 @@ import httpx
 import pytest
 
 from tests.engine.launch import Server
-from tests.engine.prometheus import PROMTOOL, counters_are_the_sums_over_the_replies, needs_prometheus
+from tests.engine.prometheus import PROMTOOL, check_counters, needs_prometheus
 
 pytestmark = pytest.mark.engine
 
 
 @needs_prometheus
-def test_counters(engine: Server, tmp_path: Path) -> None:
-    counters_are_the_sums_over_the_replies(engine, tmp_path, requests=90 if engine.runner == "v1" else 12)
+def test_counters_are_the_sums_over_the_responses(engine: Server, tmp_path: Path) -> None:
+    check_counters(engine, tmp_path, requests=90 if engine.runner == "v1" else 12)
 
 
 @needs_prometheus
-def test_promtool_finds_nothing_to_say(v1: Server) -> None:
+def test_promtool_has_no_complaints(v1: Server) -> None:
     lines = httpx.get(f"{v1.url}/metrics").text.splitlines(keepends=True)
     ours = [line for line in lines if line.removeprefix("# HELP ").removeprefix("# TYPE ").startswith("em_inf_")]
     assert len(ours) > 100
@@ -28,7 +28,7 @@ def test_promtool_finds_nothing_to_say(v1: Server) -> None:
     assert (done.returncode, done.stdout + done.stderr) == (0, "")
 
 
-def test_requests_are_counted_by_how_they_ended(v1: Server) -> None:
+def test_requests_are_counted_by_outcome(v1: Server) -> None:
     def count(**labels: str) -> float:
         return v1.metric("em_inf_requests_total", **labels)
 

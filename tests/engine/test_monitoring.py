@@ -1,4 +1,4 @@
-"""The rules and the dashboard's queries in a real Prometheus that scrapes a real server."""
+"""deploy/monitoring's rules and dashboard queries in a real Prometheus that scrapes a real server."""
 
 import json
 import re
@@ -19,36 +19,36 @@ pytestmark = pytest.mark.engine
 JOB = "em-inf-server"
 
 
-def faster(folder: Path) -> str:
-    """The rules, evaluated twice a second and not every minute."""
-    file = folder / "rules.json"  # which is YAML too
+def write_fast_rules(folder: Path) -> str:
+    """Write the rules to a file, to be evaluated twice a second instead of every minute; return its name."""
+    file = folder / "rules.json"  # JSON is YAML too
     file.write_text(json.dumps({"groups": [group | {"interval": "500ms"} for group in groups()]}))
     return file.name
 
 
-def evaluated(prometheus: Prometheus) -> list[dict[str, Any]]:
-    """All rules, each evaluated after this call."""
-    asked = time.time()
+def evaluated_rules(prometheus: Prometheus) -> list[dict[str, Any]]:
+    """Wait until Prometheus has evaluated every rule again; return the rules."""
+    start = time.time()
     while True:
         found = prometheus.http.get("/api/v1/rules").json()["data"]["groups"]
-        if found and all(datetime.fromisoformat(group["lastEvaluation"]).timestamp() > asked for group in found):
+        if found and all(datetime.fromisoformat(group["lastEvaluation"]).timestamp() > start for group in found):
             return [rule for group in found for rule in group["rules"]]
         time.sleep(0.2)
-        assert time.time() < asked + 60, "the rules are not evaluated"
+        assert time.time() < start + 60, "Prometheus did not evaluate the rules"
 
 
 @needs_prometheus
 def test_rules_and_dashboard_on_a_server_under_load(v1: Server, tmp_path: Path) -> None:
-    with scraping(v1, tmp_path, JOB, rule_files=[faster(tmp_path)]) as prometheus:
+    with scraping(v1, tmp_path, JOB, rule_files=[write_fast_rules(tmp_path)]) as prometheus:
         load(v1, ["none"], 12)
-        prometheus.scraped()
-        load(v1, ["none"], 60)  # long enough for its records to have arrived before a scrape
-        prometheus.scraped()
-        found = evaluated(prometheus)
+        prometheus.next_scrape()
+        load(v1, ["none"], 60)  # long enough for some of its stats to arrive before a scrape
+        prometheus.next_scrape()
+        found = evaluated_rules(prometheus)
 
         assert len(found) == len(rules())
         assert [(rule["name"], rule["lastError"]) for rule in found if rule["health"] != "ok"] == []
-        # Windows of hours and days are there too, of the data that there is. For a mean it takes 10,000 tokens.
+        # Rules over hours and days have values too, of the data so far; those listed here need 10,000 tokens first.
         recorded = {rule["name"] for rule in found if rule["type"] == "recording" and prometheus.query(rule["name"])}
         assert {rule["record"] for rule in rules() if "record" in rule} - recorded <= {
             *(
@@ -63,22 +63,24 @@ def test_rules_and_dashboard_on_a_server_under_load(v1: Server, tmp_path: Path) 
         assert {one["value"][1] for one in prometheus.query('em_inf:budget_burn:1h{sli!="first_token"}')} == {"0"}
         assert 0 < float(prometheus.query("em_inf:transform:share5m")[0]["value"][1]) < 1
 
-        # It is up, it works, and nobody says that it does not.
-        loud = {
+        # The server works, so none of these alerts may be pending or firing.
+        alerts = {
             alert["labels"]["alertname"] for alert in prometheus.http.get("/api/v1/alerts").json()["data"]["alerts"]
         }
-        assert not loud & {"EmInfNoServerUp", "EmInfServerDown", "EmInfEngineStalled", "EmInfErrorBudgetBurn"}
+        assert not alerts & {"EmInfNoServerUp", "EmInfServerDown", "EmInfEngineStalled", "EmInfErrorBudgetBurn"}
 
-        # No panel is empty where the model is chosen.
+        # With the model chosen, no panel of the dashboard is empty.
         assert [query for query in queries("1m", model="demo") if not prometheus.query(query)] == []
 
 
-def test_what_the_rules_and_the_dashboard_ask_for_is_on_the_page(v1: Server) -> None:
+def test_the_metrics_page_has_what_the_rules_and_the_dashboard_use(v1: Server) -> None:
     v1.http.post("/v1/completions", json={"model": "demo", "prompt": "1", "max_tokens": 1}).raise_for_status()
     page = httpx.get(f"{v1.url}/metrics", timeout=30).text
-    shown = {line.split("{")[0].split(" ")[0] for line in page.splitlines() if not line.startswith("#")}
+    exported = {line.split("{")[0].split(" ")[0] for line in page.splitlines() if not line.startswith("#")}
     recorded = {rule["record"] for rule in rules() if "record" in rule}
-    asked = set().union(*(names(rule["expr"]) for rule in rules()), *map(names, queries("5m")))
-    assert asked - recorded - {"up"} - shown == set()
+    used = set().union(*(names(rule["expr"]) for rule in rules()), *map(names, queries("5m")))
+    assert used - recorded - {"up"} - exported == set()
     (bound,) = {found for rule in rules() for found in re.findall(r'le="([^"]+)"', rule["expr"])}
-    assert f'vllm:time_to_first_token_seconds_bucket{{engine="0",le="{bound}"' in page  # the objective is a bucket
+    assert (
+        f'vllm:time_to_first_token_seconds_bucket{{engine="0",le="{bound}"' in page
+    )  # the objective is a bucket's bound

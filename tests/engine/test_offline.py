@@ -1,17 +1,17 @@
-"""vLLM's offline `LLM` finds the plugin by its entry point, with no server around it."""
+"""vLLM's offline `LLM`, without a server, finds the plugin by its entry point."""
 
 import pytest
 
 from tests.engine.launch import offline
+from tests.engine.support import STRONG, UNSURE
 
 pytestmark = pytest.mark.engine
 
 
 def test_llm_honours_extra_args() -> None:
-    prompt = "Q"  # nothing the model was trained on: plain sampling strays
     hot = {"temperature": 2.0, "seed": 1, "max_tokens": 20}
-    strong = {"em_inf": {"threshold": 0.0, "steps": 64, "learning_rate": 10.0}}
-    flat = {f"em_inf_{name}": value for name, value in strong["em_inf"].items()}
+    strong = {"em_inf": STRONG}
+    flat = {f"em_inf_{name}": value for name, value in STRONG.items()}
     params = [
         {"temperature": 0.0, "max_tokens": 20},
         hot | {"extra_args": strong},
@@ -21,7 +21,7 @@ def test_llm_honours_extra_args() -> None:
         hot | {"extra_args": strong},
     ]
     greedy, nested, by_flat, plain, refused, again = offline(
-        [{"prompt": prompt, "params": p} for p in params], runner="v1", with_plugin=True
+        [{"prompt": UNSURE, "params": p} for p in params], runner="v1", with_plugin=True
     )
     assert nested == by_flat == again == greedy
     assert plain != greedy

@@ -1,4 +1,4 @@
-"""Three servers behind a real HAProxy: one is killed under load, another told to stop; nothing is lost."""
+"""Three servers behind a real HAProxy: under load one is killed, another gets SIGTERM, and no request is lost."""
 
 import asyncio
 import contextlib
@@ -19,7 +19,7 @@ import pytest
 
 from harness.launch import together
 from harness.ports import free_port
-from tests.engine.drain import stops_in_good_order
+from tests.engine.drain import check_drain
 from tests.engine.launch import API_KEY, ROOT, Server, serve
 
 HAPROXY = shutil.which("haproxy", path=Path(sys.executable).parent) or shutil.which("haproxy")
@@ -31,7 +31,7 @@ pytestmark = [pytest.mark.engine, pytest.mark.skipif(not HAPROXY, reason="no hap
 
 @pytest.fixture(scope="module")
 def replicas(v1: Server) -> Iterator[list[Server]]:
-    """The shared server comes last: it stays. The first one's replies are told apart by a header."""
+    """Run three servers: one to kill, whose responses carry a request id; one to drain; the shared one, which stays."""
     with together(serve(*DRAIN, "--enable-request-id-headers"), serve(*DRAIN)) as servers:
         yield [*servers, v1]
 
@@ -62,10 +62,12 @@ def _status(url: str) -> int:
 
 
 async def ask(client: openai.AsyncOpenAI, question: str, stream: bool, on_first: set[object]) -> str:
-    """A greedy reply, of the same tokens whichever replica gives it; in `on_first` while the first one streams it.
+    """Return a greedy reply, which is the same from every replica.
+
+    `on_first` holds a stream of the first replica while it is open.
 
     Raises:
-        openai.APIError, httpx.TransportError: where it did not come whole.
+        openai.APIError, httpx.TransportError: if the reply did not come or is incomplete.
     """
     settings: dict[str, Any] = {"model": "demo", "temperature": 0, "max_tokens": 60, "extra_body": {"ignore_eos": True}}
     messages: list[Any] = [{"role": "user", "content": question}]
@@ -83,22 +85,24 @@ async def ask(client: openai.AsyncOpenAI, question: str, stream: bool, on_first:
     finally:
         on_first.discard(chunks)
     if not ended:
-        raise httpx.RemoteProtocolError("the stream ended too soon")
+        raise httpx.RemoteProtocolError("the stream ended early")
     return text
 
 
-async def load(url: str, midway: Callable[[set[object]], None]) -> tuple[list[tuple[str, str]], int, int]:
-    """The questions in turn, every other request streamed, twelve at a time. `midway` is called after as many replies
-    as there are questions, with the streams that the first replica is giving; the load goes on until as many have come
-    after it.
+async def load(url: str, disturb: Callable[[set[object]], None]) -> tuple[list[tuple[str, str]], int, int]:
+    """Send the questions in turn, twelve requests at a time, every other one streamed.
 
-    Returns the questions with their replies, and how many streams and other requests the client had to send again.
+    After as many replies as there are questions, `disturb` is called in a thread, with the set of the first replica's
+    open streams. The load goes on until as many replies again have come after the call.
+
+    Returns:
+        The questions with their replies; how many streams and how many other requests the client had to send again.
     """
-    numbers, replies, again = itertools.count(), [], {True: 0, False: 0}
+    numbers, replies, retries = itertools.count(), [], {True: 0, False: 0}
     client = openai.AsyncOpenAI(base_url=f"{url}/v1", api_key=API_KEY, max_retries=0, timeout=120)
-    acted, on_first = asyncio.Event(), set[object]()
+    disturbed, on_first = asyncio.Event(), set[object]()
 
-    async def ask_on() -> None:
+    async def ask_many() -> None:
         left = len(QUESTIONS) // 12
         while left:
             number = next(numbers)
@@ -107,30 +111,30 @@ async def load(url: str, midway: Callable[[set[object]], None]) -> tuple[list[tu
                 with contextlib.suppress(openai.APIError, httpx.TransportError):
                     replies.append((question, await ask(client, question, stream, on_first)))
                     break
-                again[stream] += 1
-                assert sum(again.values()) < 40, "the same request again and again"
-            left -= acted.is_set()
+                retries[stream] += 1
+                assert sum(retries.values()) < 40, "requests fail repeatedly"
+            left -= disturbed.is_set()
 
-    async def act() -> None:
+    async def disturb_midway() -> None:
         while len(replies) < len(QUESTIONS):
             await asyncio.sleep(0.01)
-        await asyncio.to_thread(midway, on_first)
-        acted.set()
+        await asyncio.to_thread(disturb, on_first)
+        disturbed.set()
 
     async with client:
-        await asyncio.gather(act(), *(ask_on() for _ in range(12)))
-    return replies, again[True], again[False]
+        await asyncio.gather(disturb_midway(), *(ask_many() for _ in range(12)))
+    return replies, retries[True], retries[False]
 
 
 def test_a_replica_that_is_killed_and_one_that_drains_lose_no_request(replicas: list[Server], balancer: str) -> None:
     first, second, third = replicas
-    expected = {question: reply.content for question, reply in zip(QUESTIONS, _alone(third), strict=True)}
+    expected = {question: reply.content for question, reply in zip(QUESTIONS, _replies(third), strict=True)}
 
     def kill(streams: set[object]) -> None:
-        """In the middle of a stream: one that is open still when the client has read all that a halted replica sent."""
+        """Kill the first replica while it streams: halt it, and see whether a stream is still open at the client."""
         for _ in range(30):
             os.killpg(first.pid, signal.SIGSTOP)
-            time.sleep(1)
+            time.sleep(1)  # the client reads what the replica had sent
             if streams:
                 break
             os.killpg(first.pid, signal.SIGCONT)
@@ -139,15 +143,16 @@ def test_a_replica_that_is_killed_and_one_that_drains_lose_no_request(replicas: 
 
     replies, streams, others = asyncio.run(load(balancer, kill))
     assert all(expected[question] == reply for question, reply in replies)
-    assert others == 0  # the balancer sent them again
-    assert 0 < streams <= 6  # those that the dead replica had begun: at most its share of the twelve, and a few
+    assert others == 0  # HAProxy sent them to another replica
+    assert 0 < streams <= 6  # only those that the killed replica had begun: its share of the twelve, and a few
 
-    replies, streams, others = asyncio.run(load(balancer, lambda _: asyncio.run(stops_in_good_order(second))))
+    replies, streams, others = asyncio.run(load(balancer, lambda _: asyncio.run(check_drain(second))))
     assert all(expected[question] == reply for question, reply in replies)
-    assert (streams, others) == (0, 0)  # nobody noticed
+    assert (streams, others) == (0, 0)  # no client noticed
 
 
-def _alone(server: Server) -> list[Any]:
+def _replies(server: Server) -> list[Any]:
+    """Return the replies to all questions, asked one by one."""
     client = server.client
     return [
         client.chat.completions.create(

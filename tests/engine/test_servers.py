@@ -1,4 +1,4 @@
-"""Servers of other make: an operator's default and cap, speculative decoding, a pooling model."""
+"""Servers with other flags: several processes, an operator's default and cap, speculative decoding, a pooling model."""
 
 import asyncio
 import json
@@ -16,10 +16,10 @@ import pytest
 
 from harness.launch import together
 from harness.ports import free_port
-from tests.engine.drain import stops_in_good_order
+from tests.engine.drain import check_drain
 from tests.engine.launch import ENGINE_FLAGS, START_LIMIT_S, Server, environment, serve, started
-from tests.engine.prometheus import counters_are_the_sums_over_the_replies, needs_prometheus
-from tests.engine.support import ALL_LOGPROBS, CAPPED, EM, check
+from tests.engine.prometheus import check_counters, needs_prometheus
+from tests.engine.support import ALL_LOGPROBS, CAPPED, EM, UNSURE, check_stats
 from tests.engine.support import complete as complete_all
 
 pytestmark = pytest.mark.engine
@@ -29,7 +29,7 @@ NGRAM = ("--speculative-config", json.dumps({"method": "ngram", "num_speculative
 
 @pytest.fixture(scope="module")
 def several() -> Iterator[Server]:
-    """Two API servers before a tensor-parallel engine, with an operator's default and cap."""
+    """Run two API servers in front of a tensor-parallel engine, with an operator's default and cap."""
     parallel = ("--api-server-count", "2", "--tensor-parallel-size", "2")
     operator = ("--em-inf-default", json.dumps(CAPPED), "--em-inf-max-steps", str(CAPPED["steps"]))
     with serve(*parallel, *operator, executor="mp", VLLM_CPU_OMP_THREADS_BIND="0|1") as server:
@@ -38,18 +38,18 @@ def several() -> Iterator[Server]:
 
 @needs_prometheus
 def test_several_api_servers_and_tensor_parallel_ranks_count_once(several: Server, tmp_path: Path) -> None:
-    counters_are_the_sums_over_the_replies(several, tmp_path, requests=24)
+    check_counters(several, tmp_path, requests=24)
 
 
 def complete(server: Server, **options: Any) -> str:
-    """A completion of what the model was not trained on, hot: only a strong method makes it greedy."""
+    """Return the completion of an unknown prompt, sampled at temperature 2: only a strong method makes it greedy."""
     settings: dict[str, Any] = {"temperature": 2.0, "seed": 3, "max_tokens": 20} | options
-    return server.client.completions.create(model="demo", prompt="Q", **settings).choices[0].text
+    return server.client.completions.create(model="demo", prompt=UNSURE, **settings).choices[0].text
 
 
 def test_an_operators_default_and_cap_in_every_api_server(several: Server) -> None:
     greedy = complete(several, temperature=0)
-    for _ in range(6):  # a new connection each time: either process may answer
+    for _ in range(6):  # each on a new connection, which either process may accept
         assert complete(several) == greedy
         assert complete(several, extra_body={"em_inf": False}) != greedy
         assert complete(several, extra_body={"em_inf": True}) == greedy
@@ -58,27 +58,27 @@ def test_an_operators_default_and_cap_in_every_api_server(several: Server) -> No
     supported = several.http.get("/v1/em_inf").json()
     assert supported["default"] == CAPPED | {"method": "em_inf", "optimizer": "adam", "stats": "none"}
     assert supported["methods"]["em_inf"]["steps"]["maximum"] == 7
-    # The cap also holds where our routes are not in the way.
+    # The cap also holds on routes that we did not rebuild.
     xargs = {"vllm_xargs": {"em_inf_steps": 8}, "max_tokens": 4, "model": "demo"}
     messages = [{"role": "user", "content": "1"}]
-    answer = several.http.post("/v1/messages", json=xargs | {"messages": messages})
-    assert answer.status_code == 400
-    assert "from 0 up to 7" in answer.text
+    response = several.http.post("/v1/messages", json=xargs | {"messages": messages})
+    assert response.status_code == 400
+    assert "from 0 up to 7" in response.text
 
 
 @needs_prometheus
 def test_data_parallel_engines_of_two_machines_report_to_the_server_that_asked(tmp_path: Path) -> None:
-    """The second engine is another em-serve's, which has no API server and meets the first by TCP alone."""
-    statistics, meeting = free_port(consecutive=2), str(free_port())
-    both = ("--em-inf-statistics-address", f"127.0.0.1:{statistics}", "--shutdown-timeout", "60")
+    """The second engine belongs to another em-serve, which has no API server and reaches the first by TCP alone."""
+    stats_port, rpc_port = free_port(consecutive=2), str(free_port())
+    both = ("--em-inf-statistics-address", f"127.0.0.1:{stats_port}", "--shutdown-timeout", "60")
     both += ("--data-parallel-size", "2", "--data-parallel-size-local", "1")
-    both += ("--data-parallel-address", "127.0.0.1", "--data-parallel-rpc-port", meeting)
+    both += ("--data-parallel-address", "127.0.0.1", "--data-parallel-rpc-port", rpc_port)
     with (
         started(*both, "--headless", "--data-parallel-start-rank", "1"),
         serve(*both, "--api-server-count", "2") as server,
     ):
-        counters_are_the_sums_over_the_replies(server, tmp_path, requests=24)
-        asyncio.run(stops_in_good_order(server))
+        check_counters(server, tmp_path, requests=24)
+        asyncio.run(check_drain(server))
 
 
 def test_a_machine_without_a_compiler_answers_with_logprobs(tmp_path: Path) -> None:
@@ -93,14 +93,14 @@ def test_a_machine_without_a_compiler_answers_with_logprobs(tmp_path: Path) -> N
 
 
 @pytest.fixture(scope="module")
-def drafting() -> Iterator[list[Server]]:
-    """Speculative decoding on both runners."""
+def speculative() -> Iterator[list[Server]]:
+    """Run two servers with speculative decoding: on V1 and on V2."""
     with together(*(serve(*NGRAM, "--max-logprobs", "-1", runner=runner) for runner in ("v1", "v2"))) as servers:
         yield servers
 
 
-def test_v1_with_speculative_decoding_refuses_em_inf(drafting: list[Server]) -> None:
-    server, _ = drafting
+def test_v1_with_speculative_decoding_refuses_em_inf(speculative: list[Server]) -> None:
+    server, _ = speculative
     assert complete(server, temperature=0)
     with pytest.raises(openai.BadRequestError, match="speculative decoding") as caught:
         complete(server, extra_body={"em_inf": True})
@@ -109,24 +109,25 @@ def test_v1_with_speculative_decoding_refuses_em_inf(drafting: list[Server]) -> 
     assert server.http.get("/v1/em_inf").json()["available"] is False
 
 
-def test_v2_with_speculative_decoding_honours_em_inf(drafting: list[Server]) -> None:
-    """Every row of a draft gets its request's method: what is accepted and what replaces it are greedy."""
-    _, server = drafting
+def test_v2_with_speculative_decoding_honours_em_inf(speculative: list[Server]) -> None:
+    """Every row of a draft gets its request's method: accepted tokens and their replacements are greedy."""
+    _, server = speculative
     greedy = complete(server, temperature=0, max_tokens=40)
     assert complete(server, max_tokens=40, extra_body={"em_inf": CAPPED | {"steps": 64}}) == greedy
     assert complete(server, max_tokens=40) != greedy
     assert server.metric("vllm:spec_decode_num_draft_tokens_total") > 0
 
-    # A draft's tokens each have a row; what is rejected is sampled again, and counted once.
-    arms: list[Any] = [EM, {"method": "none"}]
+    # Each token of a draft has a row. A rejected one is sampled again, and counted once.
+    methods: list[Any] = [EM, {"method": "none"}]
     shared = {"max_tokens": 25, "ignore_eos": True, "temperature": 0.7} | ALL_LOGPROBS
     bodies = [
-        shared | {"prompt": "12+12+12+12+Q" * (1 + i % 3), "em_inf": arms[i % 2] | {"stats": "tokens"}}
+        shared | {"prompt": "12+12+12+12+Q" * (1 + i % 3), "em_inf": methods[i % 2] | {"stats": "tokens"}}
         for i in range(6)
     ]
     accepted = server.metric("vllm:spec_decode_num_accepted_tokens_total")
-    answers = complete_all(server, *bodies)
-    assert sum(check(answer, body["em_inf"]) for answer, body in zip(answers, bodies, strict=True)) == 150
+    responses = complete_all(server, *bodies)
+    checked = (check_stats(response, body["em_inf"]) for response, body in zip(responses, bodies, strict=True))
+    assert sum(checked) == 150
     assert server.metric("vllm:spec_decode_num_accepted_tokens_total") > accepted
 
 
@@ -134,12 +135,13 @@ def test_a_pooling_model_refuses_em_inf() -> None:
     with serve("--runner", "pooling") as server:
         body = {"model": "demo", "input": "12+7"}
         assert server.http.post("/v1/embeddings", json=body).status_code == 200
-        answer = server.http.post("/v1/embeddings", json=body | {"em_inf": {"threshold": 0.3}})
-        assert answer.status_code == 400
-        assert "pooling model samples no tokens" in answer.json()["error"]["message"]
-        assert answer.json()["error"]["param"] == "body.em_inf"
+        response = server.http.post("/v1/embeddings", json=body | {"em_inf": {"threshold": 0.3}})
+        assert response.status_code == 400
+        assert "pooling model samples no tokens" in response.json()["error"]["message"]
+        assert response.json()["error"]["param"] == "body.em_inf"
 
 
+# Flags, environment variables, and a part of the last line on standard error.
 REFUSED: list[tuple[list[str], dict[str, str], str]] = [
     (["--em-inf-default", '{"threshold": 21}'], {}, "got 21; must be a number from 0 up to 20"),
     (["--em-inf-default", "{threshold"], {}, "argument --em-inf-default"),
@@ -151,20 +153,21 @@ REFUSED: list[tuple[list[str], dict[str, str], str]] = [
 ]
 
 
-def test_what_cannot_work_stops_the_start_with_one_line() -> None:
+def test_flags_that_cannot_work_stop_the_start_with_one_line() -> None:
     def start(case: tuple[list[str], dict[str, str], str]) -> subprocess.CompletedProcess[str]:
+        flags, variables, _ = case
         return subprocess.run(
-            [sys.executable, "-m", "server.cli", *case[0], *ENGINE_FLAGS],
-            env=environment("v1", **case[1]),
+            [sys.executable, "-m", "server.cli", *flags, *ENGINE_FLAGS],
+            env=environment("v1", **variables),
             capture_output=True,
             text=True,
             timeout=START_LIMIT_S,
             check=False,
         )
 
-    with ThreadPoolExecutor(2) as pool:  # each has to import vLLM first
+    with ThreadPoolExecutor(2) as pool:  # each imports vLLM first, which takes one core
         ended = list(pool.map(start, REFUSED))
-    for (_, _, says), done in zip(REFUSED, ended, strict=True):
+    for (_, _, message), done in zip(REFUSED, ended, strict=True):
         assert done.returncode != 0
-        assert says in done.stderr.splitlines()[-1]
+        assert message in done.stderr.splitlines()[-1]
         assert "Traceback" not in done.stderr

@@ -1,9 +1,11 @@
-"""Strategies on a real engine through the official client: votes, cost, streams, clients that go away, limits."""
+"""Strategies on a real engine through the official client: votes, usage, streams, clients that disconnect, limits."""
 
+import ast
 import asyncio
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -19,20 +21,20 @@ from scipy.stats import binomtest
 from answers.extract import Answer
 from demo.problems import problems
 from tests.engine.launch import API_KEY, Server, serve
-from tests.engine.support import CHAT, EM
+from tests.engine.support import CHAT, EM, run_client_example
 
 pytestmark = pytest.mark.engine
 
 IN_FLIGHT = 400
-PROBLEMS = int(os.environ.get("EM_TEST_PROBLEMS", "150"))  # the README's figures are of 300
-LONG = {"max_tokens": 200, "ignore_eos": True}  # with 64 branches, longer than any limit here
+PROBLEMS = int(os.environ.get("EM_TEST_PROBLEMS", "150"))  # docs/guide.md has the figures for 300
+LONG = {"max_tokens": 200, "ignore_eos": True}  # with 64 branches, this takes longer than any time limit here
 
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
-    """Without chunked prefill, so that many seeded prompts may enter at once (docs/findings/upstream.md)."""
+    """Run a server without chunked prefill: many seeded prompts may enter at once (docs/findings/upstream.md)."""
     flags = ("--no-enable-chunked-prefill", "--max-num-seqs", "128", "--strategy-max-in-flight", str(IN_FLIGHT))
-    with serve(*flags, "--enable-scale-out") as started:  # the last for a route that aborts
+    with serve(*flags, "--enable-scale-out") as started:  # the last flag adds a route that aborts engine requests
         yield started
 
 
@@ -44,7 +46,7 @@ def chat(server: Server, strategy: Any, content: str | None = None, **options: A
 
 
 def samples(server: Server, n: int, seed: int = 11, **options: Any) -> list[Any]:
-    """What the branches of a strategy should be: requests of their own."""
+    """Send the requests that the branches of a strategy must be equal to, one by one."""
     return [chat(server, None, seed=seed + i, **options) for i in range(n)]
 
 
@@ -61,21 +63,21 @@ def test_branches_are_reproducible_samples_and_the_winner_is_the_first_with_the_
 ) -> None:
     extra_body = {"em_inf": em_inf} if em_inf else {}
     singles = samples(engine, 4, extra_body=extra_body)
-    answer: Any = chat(engine, majority(), extra_body=extra_body)
-    block = answer.strategy
+    response: Any = chat(engine, majority(), extra_body=extra_body)
+    outcome = response.strategy
     texts = [single.choices[0].message.content for single in singles]
-    found = [Answer().extract(text) for text in texts]
-    assert block["votes"] == Counter(filter(None, found))
-    assert block["no_answer"] == found.count(None)
-    assert block["completion_tokens"] == [single.usage.completion_tokens for single in singles]
-    assert answer.choices[0].message.content == texts[found.index(block["answer"])]
-    assert answer.usage.completion_tokens == sum(block["completion_tokens"])
-    assert answer.usage.prompt_tokens == 4 * singles[0].usage.prompt_tokens
-    assert answer.usage.total_tokens == answer.usage.prompt_tokens + answer.usage.completion_tokens
-    assert (block["n"], block["completed"], block["cancelled"], block["failed"]) == (4, 4, 0, 0)
+    answers = [Answer().extract(text) for text in texts]
+    assert outcome["votes"] == Counter(filter(None, answers))
+    assert outcome["no_answer"] == answers.count(None)
+    assert outcome["completion_tokens"] == [single.usage.completion_tokens for single in singles]
+    assert response.choices[0].message.content == texts[answers.index(outcome["answer"])]
+    assert response.usage.completion_tokens == sum(outcome["completion_tokens"])
+    assert response.usage.prompt_tokens == 4 * singles[0].usage.prompt_tokens
+    assert response.usage.total_tokens == response.usage.prompt_tokens + response.usage.completion_tokens
+    assert (outcome["n"], outcome["completed"], outcome["cancelled"], outcome["failed"]) == (4, 4, 0, 0)
 
 
-def test_the_rest_of_the_reply_is_an_ordinary_completion(v1: Server) -> None:
+def test_the_rest_of_the_response_is_an_ordinary_completion(v1: Server) -> None:
     plain = chat(v1, None, logprobs=True, top_logprobs=2).model_dump()
     voted = chat(v1, majority(2), logprobs=True, top_logprobs=2).model_dump()
     assert voted.pop("strategy")
@@ -98,146 +100,168 @@ def test_the_rest_of_the_reply_is_an_ordinary_completion(v1: Server) -> None:
     ],
     ids=lambda strategy: strategy["type"] + strategy.get("weights", ""),
 )
-def test_a_stream_tells_its_progress_and_ends_as_the_whole_reply(v1: Server, strategy: Any) -> None:
+def test_a_stream_reports_progress_and_ends_like_the_response_without_streaming(v1: Server, strategy: Any) -> None:
     options: dict[str, Any] = {"extra_body": {"em_inf": EM | {"stats": "summary"}}, "max_tokens": 40}
-    whole = chat(v1, strategy, **options)
+    response = chat(v1, strategy, **options)
     chunks = list(chat(v1, strategy, stream=True, stream_options={"include_usage": True}, **options))
-    told = [chunk.strategy for chunk in chunks if "strategy" in (chunk.model_extra or {})]
+    progress = [chunk.strategy for chunk in chunks if "strategy" in (chunk.model_extra or {})]
     content = [chunk.choices[0].delta.content for chunk in chunks if chunk.choices]
-    assert "".join(filter(None, content)) == whole.choices[0].message.content
-    assert len(content) > 5  # as a normal completion comes
-    assert told[0]["completed"] == 0
+    assert "".join(filter(None, content)) == response.choices[0].message.content
+    assert len(content) > 5  # in many chunks, like an ordinary stream
+    assert progress[0]["completed"] == 0
     assert chunks[0].choices == chunks[-1].choices == []
-    assert told[0]["running"] > 0
-    assert told[-1] == chunks[-1].strategy == whole.strategy
-    assert chunks[-1].em_inf == whole.em_inf
-    assert whole.em_inf[0]["tokens"] in whole.strategy["completion_tokens"]
-    assert [chunk.usage for chunk in chunks if chunk.usage] == [whole.usage]
+    assert progress[0]["running"] > 0
+    assert progress[-1] == chunks[-1].strategy == response.strategy
+    assert chunks[-1].em_inf == response.em_inf
+    assert response.em_inf[0]["tokens"] in response.strategy["completion_tokens"]
+    assert [chunk.usage for chunk in chunks if chunk.usage] == [response.usage]
     assert len({chunk.id for chunk in chunks}) == 1
     assert {chunk.object for chunk in chunks} == {"chat.completion.chunk"}
     assert {chunk.model for chunk in chunks} == {"demo"}
 
 
 def test_usage_is_what_the_engine_counted(server: Server) -> None:
-    """Cancelled branches included, streaming or not, every strategy."""
+    """For every strategy, streaming or not, with cancelled branches."""
     early_stop = {"early_stop": True, "parallel": 5}
     strategies: list[Any] = [majority(9, **early_stop, confidence=0.7), majority(9, **early_stop), majority(3)]
     strategies += [{"type": "refinement"}, {"type": "deepconf", "n": 10, "warmup": 3, "window": 16, "keep": 0.3}]
-    asked = problems("held_out", 40, seed=3)
+    questions = problems("held_out", 40, seed=3)
 
-    async def run() -> list[Any]:
+    async def send_all() -> list[Any]:
         async with server.async_client as client:
 
-            async def one(i: int) -> Any:
+            async def send(i: int) -> Any:
                 stream: Any = {"stream": True, "stream_options": {"include_usage": True}} if i % 2 else {}
-                answer: Any = await client.chat.completions.create(
+                response: Any = await client.chat.completions.create(
                     model="demo",
-                    messages=[{"role": "user", "content": asked[i].question}],
+                    messages=[{"role": "user", "content": questions[i].question}],
                     extra_body={"strategy": strategies[i % len(strategies)]},
                     **stream,
                 )
                 if not stream:
-                    return answer.usage, answer.strategy
-                chunks = [chunk async for chunk in answer]
+                    return response.usage, response.strategy
+                chunks = [chunk async for chunk in response]
                 return next(chunk.usage for chunk in chunks if chunk.usage), chunks[-1].strategy
 
-            return await asyncio.gather(*(one(i) for i in range(len(asked))))
+            return await asyncio.gather(*(send(i) for i in range(len(questions))))
 
     names = {"completion_tokens": "vllm:generation_tokens_total", "prompt_tokens": "vllm:prompt_tokens_total"}
     before = {name: server.metric(metric) for name, metric in names.items()}
     states = ("started", "completed", "cancelled", "failed")
     branches = {state: server.metric(f"em_inf_strategy_branches_{state}_total") for state in states}
-    answers = asyncio.run(run())
+    results = asyncio.run(send_all())
     for name, metric in names.items():
         counted = server.metric(metric) - before[name]
-        assert sum(getattr(usage, name) for usage, _ in answers) == counted, name
+        assert sum(getattr(usage, name) for usage, _ in results) == counted, name
     for state in states[1:]:
-        there = server.metric(f"em_inf_strategy_branches_{state}_total") - branches[state]
-        assert there == sum(block[state] for _, block in answers), state
-    assert sum(block["cancelled"] for _, block in answers) > 0  # how many, the machine's pace decides
+        counted = server.metric(f"em_inf_strategy_branches_{state}_total") - branches[state]
+        assert counted == sum(outcome[state] for _, outcome in results), state
+    assert sum(outcome["cancelled"] for _, outcome in results) > 0  # how many depends on the machine's speed
     assert server.metric("em_inf_strategy_branches_running") == 0
     assert server.metric("em_inf_strategy_agreement_count") >= 32
     assert server.metric("em_inf_strategy_tokens_saved_total") > 0
 
 
-def votes_on(server: Server, strategy: Any) -> list[Any]:
-    """The strategy on held-out problems at temperature 1, sixteen at a time."""
-    asked = problems("held_out", PROBLEMS, seed=17)
+def solve_problems(server: Server, strategy: Any) -> list[Any]:
+    """Ask held-out problems with `strategy` at temperature 1, sixteen at a time; return the responses."""
+    held_out = problems("held_out", PROBLEMS, seed=17)
 
-    async def run() -> list[Any]:
-        slots = asyncio.Semaphore(16)
+    async def send_all() -> list[Any]:
+        limit = asyncio.Semaphore(16)
         async with server.async_client as client:
 
-            async def one(i: int) -> Any:
-                async with slots:
+            async def send(i: int) -> Any:
+                async with limit:
                     return await client.chat.completions.create(
                         model="demo",
-                        messages=[{"role": "user", "content": asked[i].question}],
+                        messages=[{"role": "user", "content": held_out[i].question}],
                         temperature=1,
                         seed=1000 * i,
                         extra_body={"strategy": strategy} if strategy else {},
                     )
 
-            return await asyncio.gather(*(one(i) for i in range(PROBLEMS)))
+            return await asyncio.gather(*(send(i) for i in range(PROBLEMS)))
 
-    return asyncio.run(run())
+    return asyncio.run(send_all())
 
 
 def test_a_vote_of_16_is_right_more_often_than_its_first_sample_and_early_stop_changes_no_decided_vote(
     server: Server,
 ) -> None:
-    asked = problems("held_out", PROBLEMS, seed=17)
+    held_out = problems("held_out", PROBLEMS, seed=17)
     early_stop = majority(16, early_stop=True, parallel=4)
-    single, whole, stopped = (votes_on(server, strategy) for strategy in (None, majority(16), early_stop))
-    first = [
-        Answer().extract(answer.choices[0].message.content) == str(p.answer)
-        for answer, p in zip(single, asked, strict=True)
+    single, full, stopped = (solve_problems(server, strategy) for strategy in (None, majority(16), early_stop))
+    first_right = [
+        Answer().extract(response.choices[0].message.content) == str(p.answer)
+        for response, p in zip(single, held_out, strict=True)
     ]
-    voted = [answer.strategy["answer"] == str(p.answer) for answer, p in zip(whole, asked, strict=True)]
-    better = sum(v and not f for v, f in zip(voted, first, strict=True))
-    worse = sum(f and not v for v, f in zip(voted, first, strict=True))
-    print(f"right: one sample {sum(first)}, vote {sum(voted)} of {PROBLEMS}; better {better}, worse {worse}")
+    vote_right = [response.strategy["answer"] == str(p.answer) for response, p in zip(full, held_out, strict=True)]
+    better = sum(vote and not first for vote, first in zip(vote_right, first_right, strict=True))
+    worse = sum(first and not vote for vote, first in zip(vote_right, first_right, strict=True))
+    print(f"right: one sample {sum(first_right)}, vote {sum(vote_right)} of {PROBLEMS}; better {better}, worse {worse}")
     assert binomtest(better, better + worse, alternative="greater").pvalue < 0.01
     decided = 0
-    for full, early in zip(whole, stopped, strict=True):
-        top, second, *_ = [*sorted(full.strategy["votes"].values(), reverse=True), 0, 0]
+    for complete, early in zip(full, stopped, strict=True):
+        top, second, *_ = [*sorted(complete.strategy["votes"].values(), reverse=True), 0, 0]
         if top > second:
             decided += 1
-            assert early.strategy["answer"] == full.strategy["answer"]
-    tokens = [sum(answer.usage.completion_tokens for answer in answers) for answers in (whole, stopped)]
+            assert early.strategy["answer"] == complete.strategy["answer"]
+    tokens = [sum(response.usage.completion_tokens for response in responses) for responses in (full, stopped)]
     print(f"decided {decided}; tokens {tokens[0]}, with early stop {tokens[1]}")
     assert decided > PROBLEMS / 2
     assert tokens[1] < 0.9 * tokens[0]
 
 
+def test_the_example_prints_the_outcome_of_its_vote(server: Server) -> None:
+    """The numbers agree with each other and with what the engine counted; how many samples end early may vary."""
+    server.until(lambda: not in_engine(server))
+    generated = server.metric("vllm:generation_tokens_total")
+    *reply, votes_line, answer_line, samples_line, usage_line = run_client_example(
+        "self_consistency.py", server
+    ).splitlines()
+    votes_text, no_answer = votes_line.removeprefix("votes: ").split(", without an answer: ")
+    votes: dict[str, int] = ast.literal_eval(votes_text)
+    answer, agreement = answer_line.removeprefix("answer: ").split(", agreement: ")
+    completed, cancelled = map(int, re.findall(r"(\d+) c", samples_line))
+    assert f"\\boxed{{{answer}}}" in "\n".join(reply)
+    assert votes[answer] == max(votes.values())
+    assert agreement == f"{votes[answer] / sum(votes.values()):.0%}"
+    assert sum(votes.values()) + int(no_answer) == completed
+    assert completed > 1
+    assert completed + cancelled <= 16
+    used = int(usage_line.split(", ")[1].removesuffix(" completion tokens"))
+    assert server.metric("vllm:generation_tokens_total") - generated == used
+
+
 # ---- Refinement
 
 
-def test_each_round_is_shown_the_reply_before_it(v1: Server) -> None:
-    answer: Any = chat(v1, {"type": "refinement", "rounds": 2}, content="9+4")
+def test_each_round_sees_the_reply_before_it(v1: Server) -> None:
+    response: Any = chat(v1, {"type": "refinement", "rounds": 2}, content="9+4")
     first = chat(v1, None, content="9+4")
     turns = [{"role": "assistant", "content": first.choices[0].message.content}]
-    turns.append({"role": "user", "content": "Check your answer."})  # the demo's
-    again: Any = v1.client.chat.completions.create(
+    turns.append({"role": "user", "content": "Check your answer."})  # the refinement prompt of the demo model
+    second: Any = v1.client.chat.completions.create(
         model="demo", messages=[{"role": "user", "content": "9+4"}, *turns], temperature=1, seed=12, max_tokens=100
     )
-    assert answer.choices[0].message.content == again.choices[0].message.content
-    assert answer.usage.prompt_tokens == first.usage.prompt_tokens + again.usage.prompt_tokens
-    assert answer.strategy["completion_tokens"] == [reply.usage.completion_tokens for reply in (first, again)]
+    assert response.choices[0].message.content == second.choices[0].message.content
+    assert response.usage.prompt_tokens == first.usage.prompt_tokens + second.usage.prompt_tokens
+    assert response.strategy["completion_tokens"] == [reply.usage.completion_tokens for reply in (first, second)]
 
 
-def test_refinement_ends_where_the_context_does(server: Server) -> None:
-    """The first round fills it; the second prompt is longer still."""
+def test_refinement_stops_when_the_context_is_full(server: Server) -> None:
+    """The first round fills the context, and the second prompt would be longer."""
     options: dict[str, Any] = {"max_tokens": 200, "extra_body": {"ignore_eos": True}}
-    answer: Any = chat(server, {"type": "refinement", "rounds": 3}, "7+8*2-" * 20 + "1", **options)
-    assert (answer.strategy["stopped_by"], answer.strategy["completed"]) == ("context", 1)
-    assert answer.choices[0].finish_reason == "length"
-    assert answer.choices[0].message.content
+    response: Any = chat(server, {"type": "refinement", "rounds": 3}, "7+8*2-" * 20 + "1", **options)
+    assert (response.strategy["stopped_by"], response.strategy["completed"]) == ("context", 1)
+    assert response.choices[0].finish_reason == "length"
+    assert response.choices[0].message.content
 
 
 # ---- What is refused
 
 STRATEGY = majority()
+# Fields of a request, the field that the error names, and a part of its message.
 REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
     "no object": ({"strategy": "self_consistency"}, "body.strategy", "an object"),
     "no type": ({"strategy": {"n": 4}}, "body.strategy.type", "self_consistency, refinement, deepconf"),
@@ -264,16 +288,16 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
 
 
 @pytest.mark.parametrize("stream", [False, True])
-@pytest.mark.parametrize(("body", "param", "says"), REFUSED.values(), ids=REFUSED.keys())
-def test_what_cannot_work_is_refused_with_the_reason(
-    v1: Server, body: dict[str, Any], param: str, says: str, stream: bool
+@pytest.mark.parametrize(("body", "param", "message"), REFUSED.values(), ids=REFUSED.keys())
+def test_requests_that_cannot_work_are_refused_with_the_reason(
+    v1: Server, body: dict[str, Any], param: str, message: str, stream: bool
 ) -> None:
     request = {"model": "demo", "messages": CHAT, "temperature": 1, "max_tokens": 3, "stream": stream} | body
-    answer = v1.http.post("/v1/chat/completions", json=request)
-    assert answer.status_code == 400, answer.text[:300]
-    error = answer.json()["error"]
+    response = v1.http.post("/v1/chat/completions", json=request)
+    assert response.status_code == 400, response.text[:300]
+    error = response.json()["error"]
     assert error["param"] == param
-    assert says in error["message"]
+    assert message in error["message"]
     assert v1.metric("em_inf_strategy_branches_running") == 0
     rest = {name: value for name, value in request.items() if name not in body}
     good = v1.http.post("/v1/chat/completions", json=rest)
@@ -283,13 +307,13 @@ def test_what_cannot_work_is_refused_with_the_reason(
 @pytest.mark.parametrize("route", ["/v1/completions", "/v1/responses", "/tokenize"])
 def test_other_routes_refuse_strategies(v1: Server, route: str) -> None:
     content = {"input" if route == "/v1/responses" else "prompt": "7"}
-    answer = v1.http.post(route, json={"model": "demo", "strategy": STRATEGY} | content)
-    assert answer.status_code == 400
-    assert answer.json()["error"]["param"] == "body.strategy"
-    assert "/v1/chat/completions" in answer.json()["error"]["message"]
+    response = v1.http.post(route, json={"model": "demo", "strategy": STRATEGY} | content)
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] == "body.strategy"
+    assert "/v1/chat/completions" in response.json()["error"]["message"]
 
 
-def test_clients_can_find_out(v1: Server) -> None:
+def test_clients_can_ask_which_strategies_there_are(v1: Server) -> None:
     strategies = v1.http.get("/v1/em_inf").json()["strategies"]
     assert set(strategies) == {"self_consistency", "refinement", "deepconf"}
     assert strategies["self_consistency"]["properties"]["n"]["maximum"] == 64
@@ -297,18 +321,19 @@ def test_clients_can_find_out(v1: Server) -> None:
     assert {"$ref": "#/components/schemas/Refinement"} in model["properties"]["strategy"]["anyOf"]
 
 
-# ---- Clients that go away, branches that fail, limits
+# ---- Clients that disconnect, branches that fail, limits
 
 
 STARTED = "em_inf_strategy_branches_started_total"
 
 
-def busy(server: Server) -> float:
+def in_engine(server: Server) -> float:
+    """Return the number of engine requests that run or wait."""
     return server.metric("vllm:num_requests_running") + server.metric("vllm:num_requests_waiting")
 
 
-def test_a_client_that_is_killed_takes_its_branches_along(server: Server) -> None:
-    """Left alone, they would keep the engine busy for many times the two seconds."""
+def test_branches_end_when_their_client_is_killed(server: Server) -> None:
+    """If they ran to their end, the engine would be busy for much longer than the two seconds."""
     for stream in (False, True):
         body = {"model": "demo", "messages": CHAT, "strategy": majority(64), "stream": stream, "temperature": 1} | LONG
         code = f"import httpx\nhttpx.post({server.url + '/v1/chat/completions'!r}, json={body!r}, timeout=300)"
@@ -319,8 +344,8 @@ def test_a_client_that_is_killed_takes_its_branches_along(server: Server) -> Non
         for client in clients:
             client.send_signal(signal.SIGKILL)
         killed = time.monotonic()
-        server.until(lambda: not busy(server), limit=10)
-        assert time.monotonic() - killed < 2, "seconds until nothing was running"
+        server.until(lambda: not in_engine(server), limit=10)
+        assert time.monotonic() - killed < 2, "the engine was still busy 2 s after the clients were killed"
         for client in clients:
             client.wait()
         server.until(lambda: server.metric("em_inf_strategy_branches_running") == 0, limit=2)
@@ -330,37 +355,38 @@ def test_fifty_clients_at_random_leave_nothing_behind(server: Server) -> None:
     rng = random.Random(5)
     names = [f"em_inf_strategy_branches_{state}_total" for state in ("completed", "cancelled", "failed")]
 
-    async def one(client: httpx.AsyncClient, i: int) -> int:
+    async def ask(client: httpx.AsyncClient, i: int) -> int:
+        """Return 1 after a response, 0 if the client left before it."""
         body: dict[str, Any] = {"model": "demo", "messages": CHAT, "stream": i % 2 == 0, "temperature": 1.5}
         body |= {"strategy": majority(8), "em_inf": EM | {"stats": "summary"}, "max_tokens": 150}
         wait = rng.choice((None, rng.uniform(0, 3)))
         try:
-            answer = await asyncio.wait_for(client.post("/v1/chat/completions", json=body), wait)
+            response = await asyncio.wait_for(client.post("/v1/chat/completions", json=body), wait)
         except TimeoutError:
             return 0
-        assert answer.status_code == 200
+        assert response.status_code == 200
         return 1
 
-    async def all_of_them() -> list[int]:
+    async def ask_all() -> list[int]:
         async with server.async_http() as client:
-            return await asyncio.gather(*(one(client, i) for i in range(50)))
+            return await asyncio.gather(*(ask(client, i) for i in range(50)))
 
-    answered = asyncio.run(all_of_them())
+    answered = asyncio.run(ask_all())
     assert 5 < sum(answered) < 50
-    server.until(lambda: not busy(server), limit=2)
+    server.until(lambda: not in_engine(server), limit=2)
     server.until(lambda: server.metric("em_inf_strategy_branches_running") == 0, limit=2)
     server.until(lambda: server.metric("em_inf_tracked_requests") == 0, limit=10)
     assert server.metric("em_inf_strategy_branches_started_total") == sum(map(server.metric, names))
-    # Every place is free again.
+    # All branches were released: a request with as many as allowed is accepted.
     fits = chat(server, majority(64, early_stop=True, confidence=0.6), content="9+4")
     assert fits.strategy["completed"] > 0
 
 
-def test_more_branches_than_there_are_places_for_wait_with_429(server: Server) -> None:
+def test_more_branches_than_the_limit_get_429(server: Server) -> None:
     body = {"model": "demo", "messages": CHAT, "strategy": majority(64), "stream": True, "temperature": 1} | LONG
     fit = IN_FLIGHT // 64
 
-    async def run() -> httpx.Response:
+    async def exceed_limit() -> httpx.Response:
         async with server.async_http() as client:
             streams = [client.stream("POST", "/v1/chat/completions", json=body) for _ in range(fit)]
             for stream in streams:
@@ -374,41 +400,41 @@ def test_more_branches_than_there_are_places_for_wait_with_429(server: Server) -
                 await stream.__aexit__(None, None, None)
             return refused
 
-    refused = asyncio.run(run())
+    refused = asyncio.run(exceed_limit())
     assert refused.status_code == 429
     assert int(refused.headers["Retry-After"]) >= 1
     error = refused.json()["error"]
     assert error["message"] == f"64 branches asked for, {IN_FLIGHT - fit * 64} of {IN_FLIGHT} places are free"
     assert (error["type"], error["param"], error["code"]) == ("Too Many Requests", "body.strategy", 429)
-    server.until(lambda: not busy(server), limit=10)
+    server.until(lambda: not in_engine(server), limit=10)
     assert chat(server, majority(2)).strategy["completed"] == 2
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_branches_that_the_engine_gives_up_leave_the_vote_to_the_others(server: Server, stream: bool) -> None:
-    """vLLM's own route for aborting requests stands for whatever makes an engine give one up."""
+def test_branches_that_the_engine_aborts_leave_the_vote_to_the_others(server: Server, stream: bool) -> None:
+    """A route of vLLM aborts them here, in place of whatever else may end an engine request."""
     n = 48
 
-    async def run(lost: int) -> httpx.Response:
+    async def vote(lost: int) -> httpx.Response:
         identity = f"lost-{lost}-{stream}"
         body = {"model": "demo", "messages": CHAT, "strategy": majority(n), "stream": stream, "temperature": 1} | LONG
         async with server.async_http() as client:
             request = client.post("/v1/chat/completions", json=body, headers={"X-Request-Id": identity})
             pending = asyncio.ensure_future(request)
             ids = [f"chatcmpl-{identity}-{number}" for number in range(lost)]
-            while not pending.done():  # one that comes before the engine knows the branch does nothing
+            while not pending.done():  # again and again: it has no effect before the engine knows the branch
                 aborted = await client.post("/inference/v1/abort_requests", json={"request_ids": ids})
                 assert aborted.status_code == 200, aborted.text
                 await asyncio.sleep(0.05)
             return await pending
 
-    answer = asyncio.run(run(n - 1))
-    assert answer.status_code == 200
-    data = answer.text.strip().split("\n\n")[-2].removeprefix("data: ") if stream else answer.text
-    block = json.loads(data)["strategy"]
-    assert (block["completed"], block["failed"]) == (1, n - 1)
-    answer = asyncio.run(run(n))
-    error = json.loads(answer.text.split("\n\n")[-3].removeprefix("data: ") if stream else answer.text)["error"]
+    response = asyncio.run(vote(n - 1))
+    assert response.status_code == 200
+    data = response.text.strip().split("\n\n")[-2].removeprefix("data: ") if stream else response.text
+    outcome = json.loads(data)["strategy"]
+    assert (outcome["completed"], outcome["failed"]) == (1, n - 1)
+    response = asyncio.run(vote(n))
+    error = json.loads(response.text.split("\n\n")[-3].removeprefix("data: ") if stream else response.text)["error"]
     assert (error["code"], error["message"]) == (500, f"all {n} branches failed")
-    assert answer.status_code == (200 if stream else 500)
+    assert response.status_code == (200 if stream else 500)
     assert chat(server, majority(2)).strategy["completed"] == 2

@@ -1,4 +1,4 @@
-"""Entropies in replies: each token's own, held against the engine's full log-probabilities of the same request."""
+"""Stats in responses, checked against the reference on the engine's full log-probabilities of the same request."""
 
 import asyncio
 import json
@@ -8,16 +8,16 @@ import openai
 import pytest
 
 from tests.engine.launch import Server
-from tests.engine.support import ADAPTIVE, ALL_LOGPROBS, CHAT, EM, UNSURE, check, complete, post, tokens
+from tests.engine.support import ADAPTIVE, ALL_LOGPROBS, CHAT, EM, UNSURE, check_stats, complete, post, tokens
 
 pytestmark = pytest.mark.engine
 
 NONE = {"method": "none"}
-ARMS: list[Any] = [EM, NONE, ADAPTIVE, EM | {"optimizer": "sgd", "learning_rate": 2.0}]
+METHOD_SETTINGS: list[Any] = [EM, NONE, ADAPTIVE, EM | {"optimizer": "sgd", "learning_rate": 2.0}]
 
 
-def test_every_tokens_entropy_is_its_own(engine: Server) -> None:
-    """A mixed batch, greedy and plain requests in it, long prompts in chunks, n = 3, and a cache too small for all."""
+def test_every_tokens_stats_match_the_reference(engine: Server) -> None:
+    """In a mixed batch with greedy and plain requests, prompts in chunks, n = 3, and a cache too small for all."""
     bodies = [
         {
             "prompt": "Q" * (60 * (i % 4)) + UNSURE,
@@ -26,78 +26,78 @@ def test_every_tokens_entropy_is_its_own(engine: Server) -> None:
             "temperature": 1.5,
         }
         | ALL_LOGPROBS
-        | {"em_inf": ARMS[i % 4] | {"stats": "tokens"}, "n": 3 if i % 7 == 3 else 1}
+        | {"em_inf": METHOD_SETTINGS[i % 4] | {"stats": "tokens"}, "n": 3 if i % 7 == 3 else 1}
         | ({"temperature": 0, "n": 1} if i % 9 == 5 else {})
         for i in range(40 if engine.runner == "v1" else 14)
     ]
     plain = [{"prompt": UNSURE, "max_tokens": 30, "em_inf": em} for em in (False, True, EM)]
     preempted = engine.metric("vllm:num_preemptions_total")
-    answers = complete(engine, *bodies, *plain)
-    assert engine.metric("vllm:num_preemptions_total") > preempted, "the cache was large enough for all"
-    seen = sum(check(answer, body["em_inf"]) for answer, body in zip(answers, bodies, strict=False))
-    assert seen >= (1500 if engine.runner == "v1" else 500)
-    assert not any("em_inf" in answer for answer in answers[len(bodies) :])
+    responses = complete(engine, *bodies, *plain)
+    assert engine.metric("vllm:num_preemptions_total") > preempted, "no request was preempted"
+    checked = sum(check_stats(response, body["em_inf"]) for response, body in zip(responses, bodies, strict=False))
+    assert checked >= (1500 if engine.runner == "v1" else 500)
+    assert not any("em_inf" in response for response in responses[len(bodies) :])
 
 
-def blocks(client: openai.OpenAI, stats: str, stream: bool, **options: Any) -> dict[str, Any]:
-    """The em_inf block of a chat reply, by index."""
+def summaries(client: openai.OpenAI, stats: str, stream: bool, **options: Any) -> dict[str, Any]:
+    """Return the summaries of a chat response, by the choice's index."""
     settings: dict[str, Any] = {"max_tokens": 12, "seed": 3, "n": 2, "temperature": 1.5} | options
     extra_body = {"em_inf": EM | {"stats": stats}}
-    answer: Any = client.chat.completions.create(
+    response: Any = client.chat.completions.create(
         model="demo", messages=CHAT, stream=stream, extra_body=extra_body, **settings
     )
     if not stream:
-        return {entry["index"]: entry for entry in answer.em_inf}
-    chunks = list(answer)
+        return {summary["index"]: summary for summary in response.em_inf}
+    chunks = list(response)
     assert chunks[-1].choices == []
     assert {chunk.id for chunk in chunks} == {chunks[0].id}
     assert not any("em_inf" in (chunk.model_extra or {}) for chunk in chunks[:-1])
-    return {entry["index"]: entry for entry in chunks[-1].em_inf}
+    return {summary["index"]: summary for summary in chunks[-1].em_inf}
 
 
 def test_chat(v1: Server) -> None:
-    whole = blocks(v1.client, "tokens", stream=False)
-    assert sorted(whole) == [0, 1]
-    assert whole == blocks(v1.client, "tokens", stream=True)
-    assert any(entry["optimized_tokens"] for entry in whole.values())
-    short = {index: {k: v for k, v in entry.items() if k != "per_token"} for index, entry in whole.items()}
-    assert blocks(v1.client, "summary", stream=False) == blocks(v1.client, "summary", stream=True) == short
+    full = summaries(v1.client, "tokens", stream=False)
+    assert sorted(full) == [0, 1]
+    assert full == summaries(v1.client, "tokens", stream=True)
+    assert any(summary["optimized_tokens"] for summary in full.values())
+    short = {index: {k: v for k, v in summary.items() if k != "per_token"} for index, summary in full.items()}
+    assert summaries(v1.client, "summary", stream=False) == summaries(v1.client, "summary", stream=True) == short
 
 
 def test_a_stream_with_usage_has_both(v1: Server) -> None:
     body = {"messages": CHAT, "stream": True, "stream_options": {"include_usage": True}, "max_tokens": 5}
     body |= {"model": "demo", "em_inf": NONE | {"stats": "summary"}}
     lines = v1.http.post("/v1/chat/completions", json=body).text.strip().split("\n\n")
-    *_, usage, statistics = [json.loads(line.removeprefix("data: ")) for line in lines[:-1]]
+    *_, usage, stats = [json.loads(line.removeprefix("data: ")) for line in lines[:-1]]
     assert lines[-1] == "data: [DONE]"
-    assert usage["usage"]["completion_tokens"] == statistics["em_inf"][0]["tokens"]
-    assert "usage" not in statistics
+    assert usage["usage"]["completion_tokens"] == stats["em_inf"][0]["tokens"]
+    assert "usage" not in stats
 
 
 def test_prompts_of_one_request_keep_their_order(v1: Server) -> None:
     prompts = [UNSURE, "12+7*3-4=", "zq"]
     body = {"prompt": prompts, "n": 2, "seed": 5, "max_tokens": 6, "ignore_eos": True}
     body |= ALL_LOGPROBS | {"em_inf": EM | {"stats": "tokens"}}
-    [answer] = complete(v1, body)
-    assert [entry["index"] for entry in answer["em_inf"]] == list(range(6))
-    assert check(answer, EM) == 36
+    [response] = complete(v1, body)
+    assert [summary["index"] for summary in response["em_inf"]] == list(range(6))
+    assert check_stats(response, EM) == 36
     options: Any = {"stream": True, "extra_body": body | {"logprobs": None}}
     streamed = v1.client.completions.create(model="demo", prompt=prompts, **options)
-    assert list(streamed)[-1].em_inf == answer["em_inf"]
+    assert list(streamed)[-1].em_inf == response["em_inf"]
 
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_responses(v1: Server, stream: bool) -> None:
     extra_body = {"em_inf": EM | {"stats": "tokens"}, "seed": 3}
     shared: Any = {"model": "demo", "input": "58+17*3-29", "max_output_tokens": 16, "temperature": 1.5}
-    answer: Any = v1.client.responses.create(stream=stream, extra_body=extra_body, **shared)
+    response: Any = v1.client.responses.create(stream=stream, extra_body=extra_body, **shared)
     if stream:
-        events = list(answer)
+        events = list(response)
         assert events[-1].type in ("response.completed", "response.incomplete")
-        answer = events[-1].response
-    [entry] = answer.em_inf
-    assert entry["tokens"] == len(entry["per_token"]) == answer.usage.output_tokens
-    assert entry["missing"] == 0
+        response = events[-1].response
+    [summary] = response.em_inf
+    assert summary["tokens"] == len(summary["per_token"]) == response.usage.output_tokens
+    assert summary["missing"] == 0
 
 
 def test_greedy_requests_are_measured_too(engine: Server) -> None:
@@ -108,7 +108,7 @@ def test_greedy_requests_are_measured_too(engine: Server) -> None:
         shared | {"em_inf": EM | {"stats": "tokens"}},
     )
     assert tokens(measured) == tokens(minimised)
-    assert check(measured, NONE) == check(minimised, EM) == 8
+    assert check_stats(measured, NONE) == check_stats(minimised, EM) == 8
     assert minimised["em_inf"][0]["optimized_tokens"] > 0
 
 
@@ -118,19 +118,19 @@ def test_measuring_changes_nothing(engine: Server) -> None:
     assert tokens(plain) == tokens(measured)
 
 
-def test_tokens_past_a_stop_string_are_not_in_the_statistics(v1: Server) -> None:
-    """The engine goes on for a few tokens until it hears of the stop string."""
+def test_tokens_after_a_stop_string_have_no_stats(v1: Server) -> None:
+    """The API server finds the stop string; until the engine hears of it, it samples a few more tokens."""
     for em_inf in (EM, NONE):
         body = {"prompt": UNSURE, "max_tokens": 60, "seed": 8, "temperature": 1.5, "em_inf": em_inf} | ALL_LOGPROBS
-        [whole] = complete(v1, body)
-        stop = whole["choices"][0]["text"][10:12]
-        [answer] = complete(v1, body | {"stop": stop, "em_inf": em_inf | {"stats": "tokens"}})
-        assert answer["choices"][0]["finish_reason"] == "stop"
-        assert 0 < check(answer, em_inf) < 60
+        [full] = complete(v1, body)
+        stop = full["choices"][0]["text"][10:12]
+        [stopped] = complete(v1, body | {"stop": stop, "em_inf": em_inf | {"stats": "tokens"}})
+        assert stopped["choices"][0]["finish_reason"] == "stop"
+        assert 0 < check_stats(stopped, em_inf) < 60
 
 
 @pytest.mark.parametrize(
-    ("path", "body", "param", "says"),
+    ("path", "body", "param", "message"),
     [
         ("/v1/completions", {"em_inf": {"stats": "all"}}, "body.em_inf.stats", "one of none, summary, tokens"),
         ("/v1/completions", {"em_inf": {"method": "none", "steps": 3}}, "body.em_inf.steps", "unknown field"),
@@ -148,33 +148,33 @@ def test_tokens_past_a_stop_string_are_not_in_the_statistics(v1: Server) -> None
         ),
     ],
 )
-def test_statistics_that_cannot_be_returned_are_refused(
-    v1: Server, path: str, body: dict[str, Any], param: str | None, says: str
+def test_stats_that_cannot_be_returned_are_refused(
+    v1: Server, path: str, body: dict[str, Any], param: str | None, message: str
 ) -> None:
     needed = {"model": "demo", "prompt": "1", "input": "1", "messages": [{"role": "user", "content": "1"}]}
     unknown = {"/v1/completions": ("input", "messages"), "/v1/messages": ("prompt", "input")}.get(path, ("prompt",))
     needed = {name: value for name, value in needed.items() if name not in unknown} | {"max_tokens": 4}
-    answer = v1.http.post(path, json=needed | body)
-    assert answer.status_code == 400, answer.text
-    assert says in answer.json()["error"]["message"]
-    assert param is None or answer.json()["error"]["param"] == param
+    response = v1.http.post(path, json=needed | body)
+    assert response.status_code == 400, response.text
+    assert message in response.json()["error"]["message"]
+    assert param is None or response.json()["error"]["param"] == param
 
 
-def test_a_client_cannot_choose_where_statistics_go(v1: Server) -> None:
-    """The return address in extra_args is the server's alone; what a client puts there is overwritten or ignored."""
+def test_a_client_cannot_choose_where_stats_go(v1: Server) -> None:
+    """Only the server sets the return address in extra_args; what a client puts there is overwritten or ignored."""
     forged = {"vllm_xargs": {"em_return_address": ["f" * 32, 1, 0, 1]}}
     body = {"prompt": UNSURE, "max_tokens": 4, "ignore_eos": True} | forged
-    answers = complete(v1, body, body | {"em_inf": EM | {"stats": "tokens"}}, body | {"em_inf": EM})
-    assert [tokens(answer) for answer in answers]
-    assert answers[1]["em_inf"][0]["missing"] == 0
+    responses = complete(v1, body, body | {"em_inf": EM | {"stats": "tokens"}}, body | {"em_inf": EM})
+    assert [len(tokens(response)) for response in responses] == [4, 4, 4]
+    assert responses[1]["em_inf"][0]["missing"] == 0
 
 
-def test_clients_that_go_away_leave_nothing_behind(engine: Server) -> None:
-    """In the middle of a reply or before its first token, streamed or not."""
-    # So much that no machine ends it before its client leaves.
+def test_clients_that_disconnect_leave_nothing_behind(engine: Server) -> None:
+    """They leave in the middle of a reply or before its first token, streamed or not."""
+    # Too long for any machine to finish before its client leaves.
     long = {"model": "demo", "prompt": [UNSURE] * 50, "max_tokens": 250, "ignore_eos": True}
 
-    async def run() -> None:
+    async def connect_and_leave() -> None:
         async with engine.async_http() as client:
             for stats in ("tokens", "none"):
                 body = long | {"em_inf": EM | {"stats": stats}}
@@ -186,27 +186,27 @@ def test_clients_that_go_away_leave_nothing_behind(engine: Server) -> None:
                     await anext(stream.aiter_lines())
 
     before = engine.metric("em_inf_requests_total", outcome="aborted")
-    asyncio.run(run())
+    asyncio.run(connect_and_leave())
     engine.until(lambda: engine.metric("em_inf_requests_total", outcome="aborted") > before)
     engine.until(lambda: engine.metric("em_inf_tracked_requests") == 0)
     assert complete(engine, {"prompt": UNSURE, "max_tokens": 2, "em_inf": EM | {"stats": "summary"}})[0]["em_inf"]
 
 
 def test_ten_thousand_requests_leave_nothing_behind(v1: Server) -> None:
-    """vLLM's engine process grows by itself, em_inf or not (by 10 MB in as many requests); ours adds nothing."""
-    arms: list[Any] = [EM | {"stats": "tokens"}, EM | {"stats": "summary"}, EM, NONE | {"stats": "none"}]
+    """Memory does not grow, apart from vLLM's engine process, which grows by 10 MB in as many requests without us."""
+    methods: list[Any] = [EM | {"stats": "tokens"}, EM | {"stats": "summary"}, EM, NONE | {"stats": "none"}]
     shared = {"prompt": [UNSURE] * 50, "max_tokens": 2, "ignore_eos": True}
 
-    def ten_thousand() -> dict[str, int]:
+    def send_ten_thousand() -> dict[str, int]:
         for _ in range(10):
-            answers = complete(v1, *[shared | {"em_inf": arms[i % 4]} for i in range(20)])
-            assert sum(answer["usage"]["completion_tokens"] for answer in answers) == 2000
+            responses = complete(v1, *[shared | {"em_inf": methods[i % 4]} for i in range(20)])
+            assert sum(response["usage"]["completion_tokens"] for response in responses) == 2000
         v1.until(lambda: v1.metric("em_inf_tracked_requests") == 0)
         return v1.memory()
 
-    ten_thousand()
+    send_ten_thousand()
     tokens_before, before = v1.metric("em_inf_tokens_total"), v1.memory()
-    grown = {process: (size - before[process]) / 2**20 for process, size in ten_thousand().items()}
+    growth = {process: (size - before[process]) / 2**20 for process, size in send_ten_thousand().items()}  # MiB
     assert v1.metric("em_inf_tokens_total") == tokens_before + 20_000
-    assert grown.pop("server") < 4, "more than 400 bytes a request"
-    assert max(grown.values()) < 25, grown
+    assert growth.pop("server") < 4, "more than 400 bytes a request"
+    assert max(growth.values()) < 25, growth
