@@ -1,0 +1,1 @@
+"""The transform of a batch of logits: its contract, the reference and three implementations."""

@@ -1,11 +1,12 @@
-"""What a batch asks of a transform, and what every transform returns: the contract of its implementations.
+"""The contract between a batch of requests and the transforms: `BatchParams` in, `TransformOutput` out.
 
-Knows nothing of requests, vLLM, or how it is computed (torch_batched.py is the reference).
+Knows nothing of vLLM or of how a transform computes (reference.py is the plainest implementation).
 """
 
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import IntEnum
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -14,99 +15,148 @@ from torch import Tensor
 
 from em_sampler.params import AdaptiveTemperatureParams, EMInfParams, MeasureParams, Params
 
-NO_METHOD, EM_INF, ADAPTIVE, MEASURE = 0.0, 1.0, 2.0, 3.0
-PARAM_COLUMNS = ("method", "threshold", "steps", "learning_rate", "kl_weight", "adam", "ratio", "min_t", "max_t")
+# A logit this far below its row's maximum has probability 0 in float32 at every temperature allowed: exp(-1e6 / 10).
+# Standing in for -inf, it keeps 0 * -inf out of the sums.
+MASKED_LOGIT = -1e6
+
+
+class Method(IntEnum):
+    """What to do with a row: the codes in `Column.METHOD`."""
+
+    OFF = 0  # no method: the row is neither changed nor measured
+    EM_INF = 1
+    ADAPTIVE_TEMPERATURE = 2
+    MEASURE = 3  # the method called "none": only the entropy is measured
+
+
+class Column(IntEnum):
+    """The columns of `BatchParams.values`. A column that a row's method does not use holds 0."""
+
+    METHOD = 0  # a `Method`
+    THRESHOLD = 1  # nats
+    STEPS = 2
+    LEARNING_RATE = 3
+    KL_WEIGHT = 4
+    ADAM = 5  # 1: adam, 0: sgd
+    RATIO = 6
+    MIN_TEMPERATURE = 7
+    MAX_TEMPERATURE = 8
 
 
 class TransformOutput(NamedTuple):
     """What a transform returns.
 
-    An entropy is NaN where it was not measured: the row had no method, or it was passed through because it held NaN or
-    +inf (or nothing but -inf).
+    An entropy is NaN if it was not measured: the row had no method, or the row was left as it was because it held NaN
+    or +inf, or nothing but -inf.
     """
 
     logits: Tensor  # [rows, vocab] float32, the tensor that was passed in
-    statistics: Tensor  # [3, rows] int32: what follows, a float by its bits, so that it travels in one piece
+    stats: (
+        Tensor  # [3, rows] int32: entropy before, entropy after (the bits of a float32 each), steps; one copy moves all
+    )
 
     @classmethod
     def of(cls, logits: Tensor, before: Tensor, after: Tensor, steps: Tensor) -> "TransformOutput":
-        """From the three apart, each [rows]."""
+        """Pack entropies before and after (float32, nats) and steps (int32), each [rows]."""
         return cls(logits, torch.stack((before.view(torch.int32), after.view(torch.int32), steps)))
 
     @property
     def entropy_before(self) -> Tensor:
         """[rows] float32, nats."""
-        return self.statistics[0].view(torch.float32)
+        return self.stats[0].view(torch.float32)
 
     @property
     def entropy_after(self) -> Tensor:
         """[rows] float32, nats."""
-        return self.statistics[1].view(torch.float32)
+        return self.stats[1].view(torch.float32)
 
     @property
     def steps(self) -> Tensor:
         """[rows] int32: gradient steps taken; 1 for a row that adaptive temperature scaled."""
-        return self.statistics[2]
+        return self.stats[2]
 
 
 @dataclass(frozen=True)
 class BatchParams:
-    """The parameters of every row of a batch."""
+    """The params of every row of a batch."""
 
-    values: Tensor  # [rows, len(COLUMNS)] float32, on the device of the logits
-    max_steps: int | None  # over all rows, known on the host so that no loop has to ask the device; None: no EM-INF
+    values: Tensor  # [rows, len(Column)] float32, on the device of the logits
+    max_steps: int | None  # over all rows, on the host, so that no loop has to ask the device; None: no row has EM-INF
     any_adaptive: bool
 
     @classmethod
     def of(cls, params: Sequence[Params | None], device: torch.device | str = "cpu") -> "BatchParams":
-        """One row for each entry of `params`; None leaves its row alone."""
-        rows = np.array([pack_row(p) for p in params], dtype=np.float32).reshape(-1, len(PARAM_COLUMNS))
+        """Pack one row per entry of `params`; None leaves its row alone. The copy to a GPU is not waited for."""
+        rows = np.array([pack_row(p) for p in params], dtype=np.float32).reshape(-1, len(Column))
         values = torch.from_numpy(rows)
         if torch.device(device).type == "cuda":
             values = values.pin_memory()  # without it, the copy would wait for the device
         return cls(values.to(device, non_blocking=True), *host_limits(params))
 
-    def take(self, rows: Tensor) -> "BatchParams":
-        """The parameters of `rows` (int64 [n])."""
+    def select(self, rows: Tensor) -> "BatchParams":
+        """Return the params of `rows` (int64 [n])."""
         return BatchParams(self.values.index_select(0, rows), self.max_steps, self.any_adaptive)
 
-    def __getitem__(self, name: str) -> Tensor:  # [rows, 1]
-        index = PARAM_COLUMNS.index(name)
-        return self.values[:, index : index + 1]
+    def __getitem__(self, column: Column) -> Tensor:
+        """Return one column, [rows, 1]."""
+        return self.values[:, column : column + 1]
 
 
-@functools.lru_cache(maxsize=1024)  # a batch is encoded anew whenever a request comes or goes
+@functools.lru_cache(maxsize=1024)  # a batch is packed again whenever a request comes or goes
 def pack_row(params: Params | None) -> tuple[float, ...]:
-    """One row of `RowParams.values`."""
-    if params is None or isinstance(params, MeasureParams):
-        return (NO_METHOD if params is None else MEASURE, *[0.0] * (len(PARAM_COLUMNS) - 1))
-    if isinstance(params, EMInfParams):
-        adam = float(params.optimizer == "adam")
-        return (EM_INF, params.threshold, params.steps, params.learning_rate, params.kl_weight, adam, 0.0, 0.0, 0.0)
-    temperatures = params.min_temperature, params.max_temperature
-    return (ADAPTIVE, params.threshold, 1.0, 0.0, 0.0, 0.0, params.ratio, *temperatures)
+    """Return one row of `BatchParams.values`, in the order of `Column`."""
+    row = dict.fromkeys(Column, 0.0)
+    if params is None:
+        row[Column.METHOD] = Method.OFF
+    elif isinstance(params, MeasureParams):
+        row[Column.METHOD] = Method.MEASURE
+    elif isinstance(params, EMInfParams):
+        row |= {
+            Column.METHOD: Method.EM_INF,
+            Column.THRESHOLD: params.threshold,
+            Column.STEPS: params.steps,
+            Column.LEARNING_RATE: params.learning_rate,
+            Column.KL_WEIGHT: params.kl_weight,
+            Column.ADAM: params.optimizer == "adam",
+        }
+    else:
+        row |= {
+            Column.METHOD: Method.ADAPTIVE_TEMPERATURE,
+            Column.THRESHOLD: params.threshold,
+            Column.RATIO: params.ratio,
+            Column.MIN_TEMPERATURE: params.min_temperature,
+            Column.MAX_TEMPERATURE: params.max_temperature,
+        }
+    return tuple(row.values())
 
 
 def host_limits(params: Sequence[Params | None]) -> tuple[int | None, bool]:
-    """(max_steps, any_adaptive) over all of `params`."""
+    """Return (max_steps, any_adaptive) over all of `params`."""
     steps = [p.steps for p in params if isinstance(p, EMInfParams)]
     return max(steps, default=None), any(isinstance(p, AdaptiveTemperatureParams) for p in params)
 
 
 def check_batch(logits: Tensor, params: Sequence[Params | None]) -> None:
-    """Check that a caller's logits and parameters fit together.
+    """Check that a caller's logits and params fit together.
 
     Raises:
-        ValueError: if the logits are not [rows, vocab] float32, or `params` has not one entry per row.
+        ValueError: if the logits are not [rows, vocab] float32 with at least one logit per row, or `params` does not
+            have one entry per row.
     """
-    if logits.dim() != 2 or logits.dtype != torch.float32:
+    if logits.dim() != 2 or logits.dtype != torch.float32 or logits.shape[1] == 0:
         raise ValueError(f"logits must be [rows, vocab] float32, got {list(logits.shape)} {logits.dtype}")
     if len(params) != logits.shape[0]:
         raise ValueError(f"one entry of params per row: got {len(params)} for {logits.shape[0]} rows")
 
 
 class Transform(Protocol):
-    """An implementation, made once for an engine that calls it at every step: `(vocab_size, device, max_rows)`."""
+    """An implementation with its memory allocated once, for a caller that transforms a batch at every step.
+
+    An implementation is built for a vocabulary size, a device and a largest number of rows (dispatch.build_transform).
+    """
 
     def __call__(self, logits: Tensor, params: BatchParams) -> TransformOutput:
-        """Transform `logits` [rows, vocab] float32 in place, row i by row i of `params`."""
+        """Transform `logits` [rows, vocab] float32 in place, row i by row i of `params`.
+
+        The logits of a row are adjacent in memory; the rows may lie apart. `stats` may be overwritten by the next call.
+        """

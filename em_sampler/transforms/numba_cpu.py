@@ -1,7 +1,7 @@
-"""The transform on the CPU, compiled by Numba: a row is counted once, and the work is done on its distinct values.
+"""The transform on the CPU, compiled by Numba: it counts a row's distinct values and takes the steps on these alone.
 
-An engine's logits are bfloat16 cast to float32, so that a row of 151,936 holds about 3,000 values. What the transform
-makes of a logit depends on its value and on sums over the row, so each value is worked out once: docs/the-transform.md.
+A model's logits are bfloat16 cast to float32, so a row of 151,936 logits holds about 3,000 distinct values. Where a
+logit moves depends only on its value and on sums over the row, so each value is computed once: docs/the-transform.md.
 """
 
 import math
@@ -15,41 +15,50 @@ from numba import njit
 from numpy.typing import NDArray
 from torch import Tensor
 
-from em_sampler.transforms import torch_threads
-from em_sampler.transforms.batch import ADAPTIVE, EM_INF, NO_METHOD, PARAM_COLUMNS, BatchParams, TransformOutput
+from em_sampler.transforms import batch, torch_threads
+from em_sampler.transforms.batch import BatchParams, Column, Method, TransformOutput
 from em_sampler.transforms.reference import BETA1, BETA2, EPSILON
 
 Floats = NDArray[np.float32]
 Codes = NDArray[np.uint32]
 Ints = NDArray[np.int32]
 
-F, INT = np.float32, np.int32  # an array's type has to be said in every operation, or Numba makes it wider
-METHOD, THRESHOLD, STEPS, RATE, KL, ADAM, RATIO, MIN_T, MAX_T = range(len(PARAM_COLUMNS))
+F, INT = np.float32, np.int32  # Numba widens the result of an operation unless both sides have the array's type
 
-HALF = np.uint32(16)  # a bfloat16 is the upper half of a float32; its 65,536 codes are the slots of the count
-CODES = 65_536
-MIN_HISTOGRAM_VOCAB = (
-    4096  # a row of no more logits is not counted: each logit is its own value, and the codes need no looking through
-)
-MAX_OFF_GRID_SHARE = 8  # nor is one with more than 1 / MANY of its values off bfloat16's grid
-REACH = 40.0  # nats below the peak under which a value neither moves nor counts, at temperature 1
-SMALLEST = F(-87.0)  # argument of exp32; the value of all that lies below it
-LEAST = 1.5e-36  # nats of entropy for each logit: what logits at SMALLEST may seem to add
-NOTHING = F(-1e6)  # stands in for -inf, so that no sum holds 0 * inf
-INFINITY, NAN = INT(0x7F800000), INT(0x7FC00000)  # a float32's bits
-BLOCK = 2048  # values summed in float32 before float64 takes over
-WORTH_THREADS = 2**18  # logits in a batch, under which waking the threads takes longer than the work
-STRIDE = 64  # codes that are skipped together where a count is empty
+# As plain integers: Numba indexes no array with an enum.
+OFF, EM_INF, ADAPTIVE_TEMPERATURE = Method.OFF.value, Method.EM_INF.value, Method.ADAPTIVE_TEMPERATURE.value
+METHOD, THRESHOLD, STEPS = Column.METHOD.value, Column.THRESHOLD.value, Column.STEPS.value
+LEARNING_RATE, KL_WEIGHT, ADAM = Column.LEARNING_RATE.value, Column.KL_WEIGHT.value, Column.ADAM.value
+RATIO, MIN_TEMPERATURE = Column.RATIO.value, Column.MIN_TEMPERATURE.value
+MAX_TEMPERATURE = Column.MAX_TEMPERATURE.value
+
+# The rows of `Workspace.work`, each with one number per distinct value of a row of logits: the value less the row's
+# peak, how many logits have it, how far it moved, its exponential, Adam's two moments, its probability at first.
+WORK_ROWS = 7
+VALUE, COUNT, MOVE, EXP, MOMENT1, MOMENT2, P0 = range(WORK_ROWS)
+
+BFLOAT16_SHIFT = np.uint32(16)  # a bfloat16 is the upper half of a float32; the upper half is the logit's bin
+BINS = 65_536
+SKIPPED_BINS = 64  # empty bins that are skipped together
+MIN_HISTOGRAM_VOCAB = 4097  # shorter rows skip the histogram: scanning 65,536 bins would cost more
+MAX_OFF_GRID_SHARE = 1 / 8  # a row with a larger share of logits that bfloat16 cannot represent skips it too
+CUTOFF_NATS = 40.0  # a value further below the peak neither moves nor counts, at temperature 1
+MIN_EXP_ARGUMENT = F(-87.0)  # of exp32; everything below counts as this
+ENTROPY_NOISE = 1.5e-36  # nats per logit: what logits at MIN_EXP_ARGUMENT seem to add to the entropy
+MASKED_LOGIT = F(batch.MASKED_LOGIT)
+INFINITY_BITS, NAN_BITS = INT(0x7F800000), INT(0x7FC00000)  # of float32
+SUM_BLOCK = 2048  # values summed in float32 before float64 takes over
+MIN_PARALLEL_LOGITS = 2**18  # in a batch; with fewer, waking the threads takes longer than the work
 
 TEMPERATURE_TOLERANCE = 1e-6  # relative
 MAX_TRIALS = 60  # of temperatures; bisection alone needs 24
 
 
 def compiled(*, fuse: bool = False) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Numba's compilation, kept on disk where there is a place for it.
+    """Return a decorator that compiles a function with Numba and keeps the machine code on disk if it can.
 
-    Sums may be reordered into vectors. Products are fused into sums only in `exp32`: elsewhere p - p0 has to be 0
-    where it is.
+    Sums may be reordered into vectors. Only `exp32` may fuse a product into a sum (`fuse`): elsewhere p - p0 must be
+    exactly 0 until something has moved.
     """
     options: dict[str, Any] = {"nogil": True, "error_model": "numpy"}
     options["fastmath"] = {"nnan", "nsz", "arcp", "reassoc"} | ({"contract"} if fuse else set())
@@ -57,34 +66,34 @@ def compiled(*, fuse: bool = False) -> Callable[[Callable[..., Any]], Callable[.
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
         try:
             return njit(cache=True, **options)(function)  # type: ignore[no-any-return]
-        except RuntimeError:  # neither beside the source nor in the user's cache: as in some containers
+        except RuntimeError:  # neither the source's folder nor the user's cache can be written, as in some containers
             return njit(**options)(function)  # type: ignore[no-any-return]
 
     return decorate
 
 
 class Workspace(NamedTuple):
-    """What one thread works in."""
+    """The memory of one thread."""
 
-    counts: Ints  # [CODES], all zero between rows
-    table: Floats  # [CODES], new logit by code
-    work: Floats  # [7, vocab], see `_distinct` and `_descend`
-    where: Ints  # [vocab]
+    counts: Ints  # [BINS], all zero between rows
+    table: Floats  # [BINS], a bin's logit: before the steps, then after them
+    work: Floats  # [WORK_ROWS, vocab]
+    source: Ints  # [vocab], where each distinct value comes from: see `_fill_histogram`
 
 
 class NumbaTransform:
-    """`transform` for an engine that calls it at every step. Compiles when it is made, or loads what it compiled.
+    """The implementation for the CPU. Building it compiles the code, or loads it from disk.
 
-    Rows are shared out among as many of torch's threads as torch uses when it is made.
+    The rows of a large batch are divided among torch's threads, as many as torch uses when this is built.
     """
 
     def __init__(self, vocab_size: int) -> None:
         self.threads = torch.get_num_threads()
         self.workspaces = tuple(
             Workspace(
-                np.zeros(CODES, dtype=np.int32),
-                np.zeros(CODES, dtype=np.float32),
-                np.zeros((7, vocab_size), dtype=np.float32),
+                np.zeros(BINS, dtype=np.int32),
+                np.zeros(BINS, dtype=np.float32),
+                np.zeros((WORK_ROWS, vocab_size), dtype=np.float32),
                 np.zeros(vocab_size, dtype=np.int32),
             )
             for _ in range(self.threads)
@@ -94,37 +103,44 @@ class NumbaTransform:
     def __call__(self, logits: Tensor, params: BatchParams) -> TransformOutput:
         """Transform `logits` [rows, vocab] float32 in place, row i by row i of `params`."""
         rows, vocab = logits.shape
-        statistics = np.empty((3, rows), dtype=np.int32)
-        # Every operation of torch costs as much as a row of a small model: that of strides is for the few who need it.
+        stats = np.empty((3, rows), dtype=np.int32)
+        # A torch operation costs as much as a row of a small model: only batches that need `as_strided` pay for it.
         flat = logits if logits.is_contiguous() else logits.as_strided(((rows - 1) * logits.stride(0) + vocab,), (1,))
-        batch = flat.detach().numpy().reshape(-1), logits.stride(0), params.values.numpy(), statistics
-        if rows * vocab < WORTH_THREADS:
-            _transform(0, 1, *batch, *self.workspaces[0])
+        arguments = flat.detach().numpy().reshape(-1), logits.stride(0), params.values.numpy(), stats
+        if rows * vocab < MIN_PARALLEL_LOGITS:
+            _transform_rows(0, 1, *arguments, *self.workspaces[0])
         else:
             threads = min(self.threads, rows)
-            torch_threads.run_all(partial(_transform, k, threads, *batch, *self.workspaces[k]) for k in range(threads))
-        return TransformOutput(logits, torch.from_numpy(statistics))
+            torch_threads.run_all(
+                partial(_transform_rows, k, threads, *arguments, *self.workspaces[k]) for k in range(threads)
+            )
+        return TransformOutput(logits, torch.from_numpy(stats))
 
 
 @compiled()
-def _transform(
+def _transform_rows(
     first: int,
-    every: int,
-    span: Floats,
-    stride: int,
+    step: int,
+    flat: Floats,
+    row_stride: int,
     params: Floats,
-    statistics: Ints,
+    stats: Ints,
     counts: Ints,
     table: Floats,
     work: Floats,
-    where: Ints,
+    source: Ints,
 ) -> None:
-    vocab, entropies, steps = work.shape[1], statistics.view(np.float32), statistics[2]
-    for i in range(first, len(params), every):
-        z, p = span[i * stride : i * stride + vocab], params[i]
-        statistics[0, i] = statistics[1, i] = NAN
+    """Transform every `step`-th row, beginning with `first`.
+
+    Row i begins at flat[i * row_stride]. `params` is `BatchParams.values`, `stats` is `TransformOutput.stats`; the last
+    four arguments are a `Workspace`.
+    """
+    vocab, entropies, steps = work.shape[1], stats.view(np.float32), stats[2]
+    for i in range(first, len(params), step):
+        z, p = flat[i * row_stride : i * row_stride + vocab], params[i]
+        stats[0, i] = stats[1, i] = NAN_BITS
         steps[i] = 0
-        if p[METHOD] == NO_METHOD:
+        if p[METHOD] == OFF:
             continue
         peak, on_grid, usable = _scan(z)
         if not usable:
@@ -132,41 +148,42 @@ def _transform(
         h = _entropy(z, peak)
         entropies[0, i] = entropies[1, i] = h
         if p[METHOD] == EM_INF and h >= p[THRESHOLD] and p[STEPS] > 0:
-            n, counted = _distinct(z, peak, on_grid, REACH, counts, table, work, where)
+            n, counted = _fill_histogram(z, peak, on_grid, CUTOFF_NATS, counts, table, work, source)
             entropies[1, i], steps[i] = _descend(work, n, p)
             if counted:
-                _write(z, work[0, :n], work[2, :n], table, where)
+                _write_back(z, work[VALUE, :n], work[MOVE, :n], table, source)
             else:
-                _add(z, work[2])
-        elif p[METHOD] == ADAPTIVE and h > p[THRESHOLD]:
-            reach = -SMALLEST * max(p[MAX_T], F(1))
-            n, _ = _distinct(z, peak, on_grid, reach, counts, table, work, where)
-            t, entropies[1, i] = _temperature(work[0, :n], work[1, :n], h, p)
+                _add_moves(z, work[MOVE])
+        elif p[METHOD] == ADAPTIVE_TEMPERATURE and h > p[THRESHOLD]:
+            cutoff = -MIN_EXP_ARGUMENT * max(p[MAX_TEMPERATURE], F(1))
+            n, _ = _fill_histogram(z, peak, on_grid, cutoff, counts, table, work, source)
+            t, entropies[1, i] = _temperature(work[VALUE, :n], work[COUNT, :n], h, p)
             steps[i] = 1
             _divide(z, F(t))
 
 
 @compiled()
 def _scan(z: Floats) -> tuple[float, bool, bool]:
-    """(the row's maximum, whether all of it is on bfloat16's grid, False where it has NaN or +inf or only -inf).
+    """Return (the maximum, whether bfloat16 can represent every logit, whether the row is usable).
 
-    In integers, because the compiler may take floats for finite.
+    A row with NaN or +inf, or with nothing but -inf, is not usable. All in integers: the compiler may assume that
+    floats are finite.
     """
     bits = z.view(np.int32)
     low, top, size = INT(0), INT(-(2**31)), INT(0)
     for k in range(len(bits)):
         b = bits[k]
         low |= b
-        top = max(top, INT(b ^ INT(INT(b >> INT(31)) & INT(0x7FFFFFFF))))  # ordered as the floats are
+        top = max(top, INT(b ^ INT(INT(b >> INT(31)) & INT(0x7FFFFFFF))))  # integers in the order of the floats
         size = max(size, INT(b & INT(0x7FFFFFFF)))
     top ^= INT(INT(top >> INT(31)) & INT(0x7FFFFFFF))
-    usable = size <= INFINITY and INT(top & INT(0x7FFFFFFF)) != INFINITY
+    usable = size <= INFINITY_BITS and INT(top & INT(0x7FFFFFFF)) != INFINITY_BITS
     return float(INT(top).view(np.float32)), (low & INT(0xFFFF)) == 0, usable
 
 
 @compiled(fuse=True)
 def exp32(x: Any) -> Any:
-    """e^x in float32, to 1e-7 relative, for x from SMALLEST up to as far above 0."""
+    """Return e^x in float32, to 1e-7 relative, for x from MIN_EXP_ARGUMENT to -MIN_EXP_ARGUMENT."""
     k = np.floor(x * F(1.4426950408889634) + F(0.5))
     r = x - k * F(0.693359375) + k * F(2.12194440e-4)  # ln 2 in two parts
     p = F(1.98756915e-4)  # a minimax polynomial of (e^r - 1 - r) / r^2 on |r| < ln 2 / 2
@@ -181,84 +198,88 @@ def exp32(x: Any) -> Any:
 
 @compiled()
 def _entropy(z: Floats, peak: float) -> float:
-    """Entropy in nats of softmax(z)."""
+    """Return the entropy in nats of softmax(z)."""
     total, mean = 0.0, 0.0
-    for start in range(0, len(z), BLOCK):
-        block = z[start : start + BLOCK]
+    for start in range(0, len(z), SUM_BLOCK):
+        block = z[start : start + SUM_BLOCK]
         s, sx = F(0), F(0)
         for k in range(len(block)):
-            x = max(block[k] - F(peak), SMALLEST)
+            x = max(block[k] - F(peak), MIN_EXP_ARGUMENT)
             e = exp32(x)
             s += e
             sx += e * x
         total += s
         mean += sx
     h = math.log(total) - mean / total
-    return h if h > len(z) * LEAST else 0.0
+    return h if h > len(z) * ENTROPY_NOISE else 0.0
 
 
 @compiled()
-def _distinct(
-    z: Floats, peak: float, on_grid: bool, reach: float, counts: Ints, table: Floats, work: Floats, where: Ints
+def _fill_histogram(
+    z: Floats, peak: float, on_grid: bool, cutoff: float, counts: Ints, table: Floats, work: Floats, source: Ints
 ) -> tuple[int, bool]:
-    """The row's values, less its peak, into work[0], and how often each occurs into work[1]: (how many, counted).
+    """Fill work[VALUE] and work[COUNT] with the row's distinct values; return (their number, whether it counted them).
 
-    where[j] says what value j is: a code of bfloat16, or -1 - k for logit k, off the grid; these come first. A row that
-    has many of them, or few logits, is not counted: value k is logit k. Leaves `table` with the row's values by code.
+    source[j] is the bin of value j, or -1 - k if value j is logit k alone, which bfloat16 cannot represent; such values
+    come first. A row with many of these, or with few logits, is not counted: value k is logit k. `table` then holds the
+    logit of each bin. Bins further than `cutoff` nats below the peak are left out.
     """
     codes, n = z.view(np.uint32), 0
-    if len(z) <= MIN_HISTOGRAM_VOCAB:
+    if len(z) < MIN_HISTOGRAM_VOCAB:
         n = len(z)
     elif on_grid:
         for k in range(len(codes)):
-            counts[codes[k] >> HALF] += INT(1)
+            counts[codes[k] >> BFLOAT16_SHIFT] += INT(1)
     else:
-        n = _count_some(codes, counts, where)
-    if n > len(z) // MAX_OFF_GRID_SHARE:
-        if len(z) > MIN_HISTOGRAM_VOCAB:
+        n = _count_on_grid(codes, counts, source)
+    if n > int(len(z) * MAX_OFF_GRID_SHARE):
+        if len(z) >= MIN_HISTOGRAM_VOCAB:
             counts[:] = INT(0)
         for k in range(len(z)):
-            work[0, k], work[1, k] = max(z[k] - F(peak), NOTHING), F(1)
+            work[VALUE, k], work[COUNT, k] = max(z[k] - F(peak), MASKED_LOGIT), F(1)
         return len(z), False
     for j in range(n):
-        work[0, j], work[1, j] = max(z[-1 - where[j]] - F(peak), NOTHING), F(1)
-    return _collect(F(peak), F(reach), n, counts, table, work, where), True
+        work[VALUE, j], work[COUNT, j] = max(z[-1 - source[j]] - F(peak), MASKED_LOGIT), F(1)
+    return _collect_bins(F(peak), F(cutoff), n, counts, table, work, source), True
 
 
 @compiled()
-def _count_some(codes: Codes, counts: Ints, where: Ints) -> int:
-    """Count the values on the grid and list the others; how many these are, or one more than can be used."""
-    n = 0
+def _count_on_grid(codes: Codes, counts: Ints, source: Ints) -> int:
+    """Count the logits that bfloat16 can represent, list the others in `source` and return the number of the others.
+
+    Stops when there are more of the others than a histogram is worth.
+    """
+    n, limit = 0, int(len(codes) * MAX_OFF_GRID_SHARE)
     for k in range(len(codes)):
         if codes[k] & np.uint32(0xFFFF) == 0:
-            counts[codes[k] >> HALF] += INT(1)
+            counts[codes[k] >> BFLOAT16_SHIFT] += INT(1)
             continue
-        where[n] = -1 - k
+        source[n] = -1 - k
         n += 1
-        if n > len(codes) // MAX_OFF_GRID_SHARE:
+        if n > limit:
             break
     return n
 
 
 @compiled()
-def _collect(peak: Any, reach: Any, n: int, counts: Ints, table: Floats, work: Floats, where: Ints) -> int:
-    """Append what `counts` holds, down to `reach` below the peak, to the n values that are there, and empty it.
+def _collect_bins(peak: Any, cutoff: Any, n: int, counts: Ints, table: Floats, work: Floats, source: Ints) -> int:
+    """Append the bins of `counts`, down to `cutoff` below the peak, to the n values in `work`, and clear `counts`.
 
-    Returns how many there are then.
+    Returns the number of values in `work` then.
     """
     bits = table.view(np.uint32)
-    for start in range(0, CODES, STRIDE):
+    for start in range(0, BINS, SKIPPED_BINS):
         some = INT(0)
-        for code in range(start, start + STRIDE):
+        for code in range(start, start + SKIPPED_BINS):
             some |= counts[code]
         if some == 0:
             continue
-        for code in range(start, start + STRIDE):
+        for code in range(start, start + SKIPPED_BINS):
             if counts[code] == 0:
                 continue
-            bits[code] = np.uint32(code) << HALF
-            if table[code] - peak > -reach:
-                work[0, n], work[1, n], where[n] = table[code] - peak, F(counts[code]), code
+            bits[code] = np.uint32(code) << BFLOAT16_SHIFT
+            if table[code] - peak > -cutoff:
+                work[VALUE, n], work[COUNT, n], source[n] = table[code] - peak, F(counts[code]), code
                 n += 1
             counts[code] = INT(0)
     return n
@@ -266,17 +287,16 @@ def _collect(peak: Any, reach: Any, n: int, counts: Ints, table: Floats, work: F
 
 @compiled()
 def _descend(work: Floats, n: int, params: Floats) -> tuple[float, int]:
-    """EM-INF on the n values in work[0] that occur work[1] times; leaves in work[2] how far each one went.
+    """Apply EM-INF to the n values in `work` and leave in work[MOVE] how far each one moved.
 
-    Returns their entropy in nats, and the steps taken.
+    Returns their entropy in nats and the steps taken.
     """
-    # Slices of rows, because only these are contiguous to Numba, which makes vectors of nothing else.
-    x, w, moved, e, m, v, p0 = (
-        work[0, :n], work[1, :n], work[2, :n], work[3, :n], work[4, :n], work[5, :n], work[6, :n],
-    )  # fmt: skip
-    threshold, steps, rate, kl = params[THRESHOLD], params[STEPS], params[RATE], params[KL]
-    # e is exp(x - top), where top is what has become of the peak. It is one of the values, so that c is exactly 0 where
-    # they are all the same; a step moves none so far above it that e could overflow.
+    # Each row is sliced by itself: only such slices are contiguous to Numba, and it vectorises only contiguous arrays.
+    x, w, moved = work[VALUE, :n], work[COUNT, :n], work[MOVE, :n]
+    e, m, v, p0 = work[EXP, :n], work[MOMENT1, :n], work[MOMENT2, :n], work[P0, :n]
+    threshold, steps, rate, kl = params[THRESHOLD], params[STEPS], params[LEARNING_RATE], params[KL_WEIGHT]
+    # e is exp(x - top). `top` is where the peak's value has moved. As it is one of the values, x - center is exactly 0
+    # if all values are equal. No step moves a value so far above it that e could overflow.
     top, taken, peak = F(0), 0, 0
     while x[peak] < 0:
         peak += 1
@@ -292,9 +312,9 @@ def _descend(work: Floats, n: int, params: Floats) -> tuple[float, int]:
         share, center = F(1 / total), F(top + mean)
         if params[ADAM]:
             scale, bias = F(rate / (1 - BETA1**taken)), F(1 / math.sqrt(1 - BETA2**taken))
-            _adam(x, e, m, v, p0, share, center, kl, scale, bias)
+            _adam_step(x, e, m, v, p0, share, center, kl, scale, bias)
         else:
-            _plain(x, e, p0, share, center, kl, rate)
+            _sgd_step(x, e, p0, share, center, kl, rate)
         top = x[peak]
         total, mean = _exponentials(x, w, e, top)
         h = max(math.log(total) - mean, 0.0)
@@ -305,13 +325,13 @@ def _descend(work: Floats, n: int, params: Floats) -> tuple[float, int]:
 
 @compiled()
 def _exponentials(x: Floats, w: Floats, e: Floats, top: Any) -> tuple[float, float]:
-    """e = exp(x - top): (their sum, weighted by w; the mean of x - top under p)."""
+    """Fill e = exp(x - top); return (the sum of w * e, the mean of x - top under the probabilities w * e)."""
     total, mean = 0.0, 0.0
-    for start in range(0, len(x), BLOCK):
-        xs, ws, es = x[start : start + BLOCK], w[start : start + BLOCK], e[start : start + BLOCK]
+    for start in range(0, len(x), SUM_BLOCK):
+        xs, ws, es = x[start : start + SUM_BLOCK], w[start : start + SUM_BLOCK], e[start : start + SUM_BLOCK]
         s, sx = F(0), F(0)
         for k in range(len(xs)):
-            below = max(xs[k] - top, SMALLEST)
+            below = max(xs[k] - top, MIN_EXP_ARGUMENT)
             es[k] = exp32(below)
             weight = es[k] * ws[k]
             s += weight
@@ -322,10 +342,10 @@ def _exponentials(x: Floats, w: Floats, e: Floats, top: Any) -> tuple[float, flo
 
 
 @compiled()
-def _adam(
+def _adam_step(
     x: Floats, e: Floats, m: Floats, v: Floats, p0: Floats, share: Any, center: Any, kl: Any, scale: Any, bias: Any
 ) -> None:
-    """One step. With c = x - E_p[x], log p + H is c: no logarithm, and 0 on a uniform row."""
+    """Take one step of Adam. log p + H equals x - E_p[x] = x - center: no logarithm, and exactly 0 on a uniform row."""
     for k in range(len(x)):
         p = e[k] * share
         g = kl * (p - p0[k]) - p * (x[k] - center)
@@ -336,30 +356,31 @@ def _adam(
 
 
 @compiled()
-def _plain(x: Floats, e: Floats, p0: Floats, share: Any, center: Any, kl: Any, rate: Any) -> None:
+def _sgd_step(x: Floats, e: Floats, p0: Floats, share: Any, center: Any, kl: Any, rate: Any) -> None:
+    """Take one plain gradient step: as `_adam_step`, without moments."""
     for k in range(len(x)):
         p = e[k] * share
         x[k] -= rate * (kl * (p - p0[k]) - p * (x[k] - center))
 
 
 @compiled()
-def _write(z: Floats, x: Floats, moved: Floats, table: Floats, where: Ints) -> None:
-    """Move every logit of a counted row as far as its value moved."""
+def _write_back(z: Floats, x: Floats, moved: Floats, table: Floats, source: Ints) -> None:
+    """Move every logit of a counted row as far as its value moved. Overwrites x."""
     codes, off_grid = z.view(np.uint32), 0
     for j in range(len(x)):
-        if where[j] >= 0:
-            table[where[j]] += moved[j]
+        if source[j] >= 0:
+            table[source[j]] += moved[j]
         else:
-            x[j] = z[-1 - where[j]] + moved[j]
+            x[j] = z[-1 - source[j]] + moved[j]
             off_grid = j + 1
     for k in range(len(z)):
-        z[k] = table[codes[k] >> HALF]
+        z[k] = table[codes[k] >> BFLOAT16_SHIFT]
     for j in range(off_grid):
-        z[-1 - where[j]] = x[j]
+        z[-1 - source[j]] = x[j]
 
 
 @compiled()
-def _add(z: Floats, moved: Floats) -> None:
+def _add_moves(z: Floats, moved: Floats) -> None:
     for k in range(len(z)):
         z[k] += moved[k]
 
@@ -372,13 +393,12 @@ def _divide(z: Floats, t: Any) -> None:
 
 @compiled()
 def _temperature(x: Floats, w: Floats, h: float, params: Floats) -> tuple[float, float]:
-    """(the largest temperature at which the entropy reaches its target, the entropy there).
+    """Return (the largest temperature whose entropy does not exceed the target, the entropy there).
 
-    Newton's steps on log T, of which the entropy's derivative is Var_p[x / T], with bisection where they would leave
-    the bracket.
+    Takes Newton's steps on log T, with dH / d log T = Var_p[x / T], and bisects if a step would leave the bracket.
     """
     target = max(params[RATIO] * h, params[THRESHOLD])
-    low, high = math.log(params[MIN_T]), math.log(params[MAX_T])
+    low, high = math.log(params[MIN_TEMPERATURE]), math.log(params[MAX_TEMPERATURE])
     hottest, _ = _entropy_at(x, w, high)
     if hottest <= target:
         return math.exp(high), hottest
@@ -404,14 +424,14 @@ def _temperature(x: Floats, w: Floats, h: float, params: Floats) -> tuple[float,
 
 @compiled()
 def _entropy_at(x: Floats, w: Floats, log_t: float) -> tuple[float, float]:
-    """(entropy in nats at temperature exp(log_t), its derivative with respect to log_t)."""
+    """Return (entropy in nats at temperature exp(log_t), its derivative with respect to log_t)."""
     cold = F(math.exp(-log_t))
     total, mean, square = 0.0, 0.0, 0.0
-    for start in range(0, len(x), BLOCK):
-        xs, ws = x[start : start + BLOCK], w[start : start + BLOCK]
+    for start in range(0, len(x), SUM_BLOCK):
+        xs, ws = x[start : start + SUM_BLOCK], w[start : start + SUM_BLOCK]
         s, sx, sxx = F(0), F(0), F(0)
         for k in range(len(xs)):
-            y = max(xs[k] * cold, SMALLEST)
+            y = max(xs[k] * cold, MIN_EXP_ARGUMENT)
             weight = exp32(y) * ws[k]
             s += weight
             sx += weight * y

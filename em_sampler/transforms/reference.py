@@ -1,6 +1,6 @@
-"""EM-INF and adaptive temperature for one row in float64: slow, and plain enough to check against the paper by eye.
+"""The reference: EM-INF and adaptive temperature for one row in float64, plain enough to check against the paper.
 
-Everything faster in this package is tested against this file. Source: arXiv 2505.15134, section 4 and appendix A.
+The faster implementations are tested against this file. Source: arXiv 2505.15134, section 4 and appendix A.
 """
 
 import numpy as np
@@ -14,28 +14,28 @@ BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8  # Adam as published, as in the release
 
 
 def softmax(logits: Row) -> Row:
-    """Probabilities of a row of logits [vocab]; -inf has probability 0."""
+    """Return the probabilities of a row of logits; -inf has probability 0."""
     weights = np.exp(logits - logits.max())
     p: Row = weights / weights.sum()
     return p
 
 
 def entropy(logits: Row) -> float:
-    """Entropy in nats of softmax(logits), with 0 log 0 = 0."""
+    """Return the entropy in nats of softmax(logits), with 0 log 0 = 0."""
     p = softmax(logits)
     p = p[p > 0]
     return float(-(p * np.log(p)).sum())
 
 
 def gradient(logits: Row, p0: Row, kl_weight: float) -> Row:
-    """Gradient of H(p) + kl_weight * KL(p0 || p) with respect to the logits of p."""
+    """Return the gradient of H(p) + kl_weight * KL(p0 || p) with respect to the logits of p."""
     p = softmax(logits)
     log_p = np.log(p, where=p > 0, out=np.zeros_like(p))
     return -p * (log_p + entropy(logits)) + kl_weight * (p - p0)
 
 
 def em_inf(logits: Row, params: EMInfParams) -> tuple[Row, int]:
-    """The row after EM-INF, and the number of steps taken. -inf stays -inf."""
+    """Return the row after EM-INF and the number of steps taken. -inf stays -inf."""
     z = logits.astype(np.float64)
     p0 = softmax(z)
     m, v = np.zeros_like(z), np.zeros_like(z)
@@ -55,7 +55,11 @@ def em_inf(logits: Row, params: EMInfParams) -> tuple[Row, int]:
 
 
 def temperature(logits: Row, params: AdaptiveTemperatureParams) -> float:
-    """The largest T in the range with H(softmax(logits / T)) <= max(ratio * H, threshold); 1 where H <= threshold."""
+    """Return the largest T in the range with H(softmax(logits / T)) <= max(ratio * H, threshold).
+
+    A row whose entropy H does not exceed the threshold is left alone: T = 1. If no T in the range is low enough, the
+    lowest one is returned.
+    """
     z = logits.astype(np.float64)
     h = entropy(z)
     low, high = params.min_temperature, params.max_temperature

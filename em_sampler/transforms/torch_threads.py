@@ -1,37 +1,39 @@
-"""Runs work on the threads that torch itself computes with: vLLM has bound those to cores, where others would be in the
-way. Calls the one function of the OpenMP runtime that compilers call for `#pragma omp parallel`.
+"""Runs tasks on the threads that torch computes with.
+
+vLLM has bound these to cores, and further threads would be in their way. Calls the function of the OpenMP runtime that
+compilers call for `#pragma omp parallel`.
 """
 
 import ctypes
 from collections import deque
 from collections.abc import Callable, Iterable
 
-_RUNTIME = ctypes.CDLL(None)  # torch has loaded its OpenMP for the whole process
+_RUNTIME = ctypes.CDLL(None)  # torch has loaded its OpenMP for the process
 _BODY = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
 
 def available() -> bool:
-    """Whether torch's OpenMP is one that can be called."""
+    """Return whether torch's OpenMP runtime has the function that `run_all` calls."""
     return hasattr(_RUNTIME, "GOMP_parallel")
 
 
-def run_all(work: Iterable[Callable[[], object]]) -> None:
-    """Call every one of `work` once, each on a thread of its own as far as there are threads.
+def run_all(tasks: Iterable[Callable[[], object]]) -> None:
+    """Call every task once, each on its own thread as long as there are threads, and wait until all have ended.
 
     Raises:
-        Exception: the first that one of them raised, when all have ended.
+        Exception: the first that a task raised, after all have ended.
     """
-    waiting, errors = deque(work), list[BaseException]()
+    waiting, errors = deque(tasks), list[BaseException]()
     threads = len(waiting)
 
     def body(_: int | None) -> None:
-        while True:  # OpenMP may give fewer threads than it was asked for
+        while True:  # OpenMP may give fewer threads than requested
             try:
-                call = waiting.popleft()
+                task = waiting.popleft()
             except IndexError:
                 return
             try:
-                call()
+                task()
             except BaseException as error:  # it cannot pass through the runtime
                 errors.append(error)
 
