@@ -3,11 +3,11 @@
 from compat.checks import Check, Touch, asks_for, contains, has, matches, signature, value
 from compat.sources import METADATA, Sources
 
-PLUGIN, V1, V2 = "em_sampler/plugin.py", "em_sampler/vllm_v1.py", "em_sampler/vllm_v2.py"
-CLI, ENDPOINTS, PROTOCOL = "server/cli.py", "server/plugin.py", "server/protocol.py"
-ENGINE, TRACING, REPLY = "server/engine.py", "server/tracing.py", "server/reply.py"
-DRAIN = "server/drain.py"
-RUN, BASE = "server/strategies/run.py", "server/strategies/base.py"
+PROCESSOR, REQUEST, V1, V2 = (f"em_sampler/vllm_plugin/{name}.py" for name in ("processor", "request", "v1", "v2"))
+CLI, ENDPOINTS, HANDLER, PROTOCOL = (f"server/{name}.py" for name in ("cli", "endpoints", "handler", "protocol"))
+ENGINE, TRACING, RESPONSE, ERRORS = (f"server/{name}.py" for name in ("engine", "tracing", "response", "errors"))
+DRAIN, HEALTH = "server/drain.py", "server/health.py"
+BRANCHES, BASE = "server/strategies/branches.py", "server/strategies/base.py"
 
 CONFIG, SAMPLING, SERVE = "vllm/config/__init__.py", "vllm/sampling_params.py", "vllm/entrypoints/cli/serve.py"
 V1_LOADER, V1_INTERFACE = (f"vllm/v1/sample/logits_processor/{name}.py" for name in ("__init__", "interface"))
@@ -24,23 +24,24 @@ XARGS = "self.vllm_xargs if self.vllm_xargs else {}"
 # (our file, vLLM's file): what is used, and what we rely on.
 SURFACE: dict[tuple[str, str], dict[Check, str]] = {
     # What vLLM loads as a logits processor.
-    (PLUGIN, SAMPLING): {
+    (PROCESSOR, SAMPLING): {has("SamplingParams", "extra_args"): "where a request's settings arrive"},
+    (REQUEST, SAMPLING): {
         has("SamplingParams", "extra_args", "sampling_type"): "where a request's settings arrive",
         has("SamplingType", "GREEDY"): "a greedy request is left alone",
     },
-    (PLUGIN, V1_LOADER): {
+    (PROCESSOR, V1_LOADER): {
         value("LOGITSPROCS_GROUP", "'vllm.logits_processors'"): "the group of our entry point",
         contains("build_logitsprocs", "ctor(vllm_config, device, is_pin_memory)"): "three arguments: the V1 runner",
         contains("validate_logits_processors_parameters", "logits_procs.validate_params(sampling_params)"): "HTTP 400",
     },
-    (PLUGIN, V2_LOADER): {
+    (PROCESSOR, V2_LOADER): {
         value("LOGITSPROCS_GROUP", "'vllm.logits_processors'"): "the same group, so one class for both",
         contains("_load_v2_logitsprocs_plugins", "issubclass(cls, LogitsProcessor)"): "why it has two bases",
         contains(V2_BUILD, "ctor(vllm_config, lp_req_state)"): "two arguments: the V2 runner",
         contains(V2_VALIDATE, "cls.validate_params(sampling_params)"): "HTTP 400",
     },
-    (PLUGIN, V1_INTERFACE): {signature("LogitsProcessor.validate_params(cls, sampling_params)"): "our validation"},
-    (PLUGIN, V2_INTERFACE): {signature("LogitsProcessor.validate_params(cls, sampling_params)"): "our validation"},
+    (PROCESSOR, V1_INTERFACE): {signature("LogitsProcessor.validate_params(cls, sampling_params)"): "our validation"},
+    (PROCESSOR, V2_INTERFACE): {signature("LogitsProcessor.validate_params(cls, sampling_params)"): "our validation"},
     # The V1 runner.
     (V1, CONFIG): {
         signature("VllmConfig.model_config.get_vocab_size(self)"): "columns of the logits",
@@ -170,7 +171,7 @@ SURFACE: dict[tuple[str, str], dict[Check, str]] = {
         signature(f"{path}(request, raw_request)"): "the handler, found by the route's path and wrapped"
         for path in (CHAT, COMPLETIONS, RESPONSES)
     },
-    (ENDPOINTS, "vllm/entrypoints/openai/chat_completion/serving.py"): {
+    (HANDLER, "vllm/entrypoints/openai/chat_completion/serving.py"): {
         signature("OpenAIServingChat.render_chat_request(self, request)"): "refinement's next prompt",
         contains(
             "OpenAIServingChat._create_chat_completion",
@@ -185,8 +186,10 @@ SURFACE: dict[tuple[str, str], dict[Check, str]] = {
         contains("ModelConfig.__post_init__", "self.runner_type == 'pooling'"): "a pooling model samples no tokens",
     },
     (ENDPOINTS, V1_LOADER): {contains("build_logitsprocs", "vllm_config.speculative_config"): "where V1 drops us"},
-    (ENDPOINTS, "vllm/exceptions.py"): {
+    (ERRORS, "vllm/exceptions.py"): {
         signature("VLLMValidationError.__init__(self, message, *, parameter=None, value=None)"): "HTTP 400",
+    },
+    (HANDLER, "vllm/exceptions.py"): {
         contains("VLLMClientError", "VLLMError"): "what counts as rejected",
         contains("VLLMValidationError", "VLLMClientError"): "one of these",
     },
@@ -224,7 +227,7 @@ SURFACE: dict[tuple[str, str], dict[Check, str]] = {
         has("CompletionOutput", "index", "token_ids"): "which sample, which tokens",
         signature("RequestOutput.add(self, next_output, aggregate)"): "deltas made one",
     },
-    (RUN, "vllm/outputs.py"): {
+    (BRANCHES, "vllm/outputs.py"): {
         has(
             "CompletionOutput", "text", "token_ids", "cumulative_logprob", "logprobs", "finish_reason"
         ): "a branch so far",
@@ -235,7 +238,7 @@ SURFACE: dict[tuple[str, str], dict[Check, str]] = {
             "self.num_cached_tokens = num_cached_tokens",
         ): "what it cost",
     },
-    (RUN, "vllm/logprobs.py"): {has("Logprob", "logprob", "rank"): "a token's confidence"},
+    (BRANCHES, "vllm/logprobs.py"): {has("Logprob", "logprob", "rank"): "a token's confidence"},
     (BASE, SAMPLING): {value("_SAMPLING_EPS", "1e-05"): "the temperature from which on requests are sampled"},
     (ENGINE, "vllm/v1/engine/parallel_sampling.py"): {
         signature("ParentRequest.get_child_info(self, index)"): "wrapped: samples of a request are told apart",
@@ -247,7 +250,6 @@ SURFACE: dict[tuple[str, str], dict[Check, str]] = {
     # The end.
     (DRAIN, "vllm/engine/protocol.py"): {
         signature("EngineClient.shutdown(self, timeout=None)"): "wrapped: the drain comes first",
-        signature("EngineClient.check_health(self)"): "raises where the engine is dead",
     },
     (DRAIN, "vllm/entrypoints/launchers/launcher.py"): {
         contains(
@@ -258,7 +260,10 @@ SURFACE: dict[tuple[str, str], dict[Check, str]] = {
             "server.should_exit = True",
         ): "on SIGTERM it is called in a thread, while the event loop goes on answering",
     },
-    (DRAIN, "vllm/entrypoints/launchers/api_server/app_state.py"): {
+    (HEALTH, "vllm/engine/protocol.py"): {
+        signature("EngineClient.check_health(self)"): "raises if the engine is dead",
+    },
+    (HEALTH, "vllm/entrypoints/launchers/api_server/app_state.py"): {
         contains("init_app_state", "state.engine_client = engine_client"): "where the readiness probe finds it",
     },
     (TRACING, "vllm/v1/engine/output_processor.py"): {
@@ -273,7 +278,7 @@ SURFACE: dict[tuple[str, str], dict[Check, str]] = {
     (TRACING, "vllm/tracing/otel.py"): {
         contains("init_otel_tracer", "set_tracer_provider(trace_provider)"): "where our span processor is added",
     },
-    (REPLY, ROUTES): {
+    (RESPONSE, ROUTES): {
         contains(path, "StreamingResponse"): "a stream is one of these, other replies are bytes"
         for path in (CHAT, COMPLETIONS, RESPONSES)
     },

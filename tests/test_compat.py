@@ -17,10 +17,12 @@ from compat import surface
 from compat.sources import METADATA, Sources
 from em_sampler.vllm_plugin.version import SUPPORTED_VLLM, VLLM_DISTRIBUTIONS, installed_vllm
 from server.cli import FILTERED_GROUPS
+from server.protocol import SAMPLING_ROUTES
 
 ROOT = Path(surface.__file__).parent.parent
-IMPORTING = {surface.PLUGIN, surface.V1, surface.V2, surface.CLI, surface.ENDPOINTS, surface.ENGINE}
-NOT_SHIPPED = ("tests", "benchmarks")
+PLUGIN = {surface.PROCESSOR, surface.REQUEST, surface.V1, surface.V2}
+IMPORTING = PLUGIN | {surface.CLI, surface.ENDPOINTS, surface.HANDLER, surface.ERRORS, surface.ENGINE}
+NOT_SHIPPED = ("tests", "benchmarks", "harness")
 PACKAGES = sorted(init.parent.name for init in ROOT.glob("*/__init__.py") if init.parent.name not in NOT_SHIPPED)
 
 
@@ -60,8 +62,7 @@ def test_everything_imported_is_a_touch_point(installed: Sources) -> None:
 
 def test_the_names_that_our_files_hold_are_those_checked() -> None:
     assert {"endpoint", *FILTERED_GROUPS} == {*surface.GROUPS}
-    routes = re.search(r"^SAMPLING_ROUTES = (.+)$", (ROOT / surface.ENDPOINTS).read_text(), re.MULTILINE)
-    assert routes and ast.literal_eval(routes[1]) == (surface.CHAT, surface.COMPLETIONS, surface.RESPONSES)
+    assert SAMPLING_ROUTES == (surface.CHAT, surface.COMPLETIONS, surface.RESPONSES)
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert set(project["entry-points"]) == {"vllm.logits_processors", "vllm.endpoint_plugins"}
 
