@@ -1,6 +1,6 @@
 """What stats cost: output tokens/s with none, with summaries, and with every token's entropy, on one server.
 
-`.venv/bin/python -m benchmarks.serving.stats_cost`; figures: docs/findings/statistics-cost.md. The configs alternate
+`.venv/bin/python -m benchmarks.serving.stats_cost`; figures: docs/findings/stats-cost.md. The configs alternate
 within each round, so that other load on the machine affects all of them; a ratio is of two configs of one round.
 """
 
