@@ -1,9 +1,9 @@
 """Use EM-INF in vLLM's offline `LLM`, without a server: vLLM finds the plugin when em-inf-server is installed.
 
-    VLLM_CPU_KVCACHE_SPACE=1 .venv/bin/python examples/offline_vllm.py     # in GiB; without it vLLM on processors
-                                                                           # takes nearly all of the memory
+    VLLM_CPU_KVCACHE_SPACE=1 .venv/bin/python examples/offline_vllm.py
+
 Prints the three most frequent answers in 16 samples of the demo model, without and with EM-INF, with the same seeds.
-Half a minute, most of it vLLM's start.
+Takes half a minute, most of it vLLM's start. The variable is in GiB: without it, vLLM on CPUs takes nearly all memory.
 """
 
 from collections import Counter
