@@ -1,0 +1,95 @@
+"""em-serve's flags: their defaults, their errors, and what would bypass this server."""
+
+import argparse
+import sys
+from typing import Any
+
+import pytest
+
+from em_sampler.params import parse_params
+from server import cli
+from server.protocol import Settings
+
+
+def parse(*argv: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="em-serve")
+    cli._add_em_inf_flags(parser)
+    cli._add_strategy_flags(parser)
+    args = parser.parse_args(argv)
+    cli._check_args(parser, args)
+    return args
+
+
+def test_flags_have_the_defaults_of_the_settings() -> None:
+    assert Settings.from_args(parse(), None, {}) == Settings()
+
+
+def test_flags_reach_the_settings() -> None:
+    settings = Settings.from_args(
+        parse(
+            *("--em-inf-default", '{"steps": 3}', "--em-inf-max-steps", "8"),
+            *(
+                "--strategy-max-branches",
+                "2",
+                "--strategy-max-in-flight",
+                "9",
+                "--strategy-refinement-prompt",
+                "Again.",
+            ),
+        ),
+        None,
+        {},
+    )
+    assert settings == Settings(parse_params({"steps": 3}), 8, 2, 9, "Again.")
+    assert parse("--em-inf-default", "true").em_inf_default == parse_params(True)
+    assert parse("--em-inf-default", "false").em_inf_default is None
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (["--em-inf-default", "{threshold"], "argument --em-inf-default: "),
+        (["--em-inf-default", '{"threshold": 21}'], "got 21; must be a number from 0 up to 20"),
+        (["--em-inf-default", '{"steps": 9}', "--em-inf-max-steps", "8"], "got 9; this server allows"),
+        (["--em-inf-max-steps", "65"], "argument --em-inf-max-steps: "),
+        (["--em-inf-statistics-address", "nowhere"], "argument --em-inf-statistics-address: "),
+        (["--strategy-max-branches", "1"], "got '1'; must be an integer from 2 up"),
+        (["--strategy-max-in-flight", "x"], "got 'x'; must be an integer from 1 up"),
+        (["--strategy-max-branches", "9", "--strategy-max-in-flight", "8"], "above --strategy-max-in-flight"),
+    ],
+)
+def test_a_wrong_flag_ends_with_one_line(argv: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        parse(*argv)
+    assert caught.value.code == 2
+    assert says in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("variable", "argv", "says"),
+    [
+        ("1", [], "unset it"),
+        ("True", [], "unset it"),
+        ("0", ["--logits-processors", "em_sampler.vllm_plugin.processor:EMInfLogitsProcessor"], "drop it"),
+    ],
+)
+def test_what_would_bypass_the_plugin_is_rejected(
+    variable: str, argv: list[str], says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLLM_USE_RUST_FRONTEND", variable)
+    monkeypatch.setattr(sys, "argv", ["em-serve", *argv])
+    with pytest.raises(RuntimeError, match=says):
+        cli._reject_bypasses()
+
+
+def test_all_plugins_are_loaded_unless_the_user_names_some(monkeypatch: pytest.MonkeyPatch) -> None:
+    def entry_points(group: str) -> list[Any]:
+        return [argparse.Namespace(name="lora")] if group == "vllm.general_plugins" else []
+
+    monkeypatch.setattr(cli.metadata, "entry_points", entry_points)
+    monkeypatch.delenv("VLLM_PLUGINS", raising=False)
+    assert cli._plugins_to_load() == ["em_inf", "lora"]
+    monkeypatch.setenv("VLLM_PLUGINS", "other,")
+    assert cli._plugins_to_load() == ["other", "em_inf"]
+    monkeypatch.setenv("VLLM_PLUGINS", "")
+    assert cli._plugins_to_load() == ["em_inf"]

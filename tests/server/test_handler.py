@@ -1,0 +1,204 @@
+"""One request through the handler, around a stand-in for vLLM's: settings, strategy, extras and the outcome."""
+
+import asyncio
+import json
+from collections.abc import Awaitable, Callable
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import pytest
+from fastapi import FastAPI, Request
+from prometheus_client import CollectorRegistry
+from pydantic import BaseModel
+from starlette.responses import JSONResponse, Response
+from vllm.exceptions import VLLMClientError, VLLMValidationError
+
+from server.admission import BranchLimit
+from server.engine import request_stats_var, strategy_run_var
+from server.handler import with_em_inf
+from server.protocol import Settings, with_our_fields
+from server.stats.collector import RequestStats
+from server.stats.metrics import Metrics
+from server.strategies.metrics import StrategyMetrics
+from server.strategies.registry import STRATEGIES
+from server.strategies.run import StrategyRun
+
+CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+VOTE = {"type": "self_consistency", "n": 3}
+
+
+class Seen(NamedTuple):
+    """What vLLM's handler finds when it is called."""
+
+    xargs: dict[str, Any] | None
+    request_stats: list[RequestStats] | None
+    run: StrategyRun | None
+    branches_taken: int
+
+
+class ChatCompletionRequest(BaseModel, extra="allow"):
+    """The fields of vLLM's request that the handler reads."""
+
+    model: str = "m"
+    messages: list[Any] = []
+    n: int | None = None
+    use_beam_search: bool = False
+    tools: Any = None
+    tool_choice: Any = None
+    vllm_xargs: dict[str, Any] | None = None
+
+
+class Server:
+    """The state of an app, and vLLM's handler: `answer` is called with the request that reaches it."""
+
+    def __init__(self, answer: Callable[[Any], Any] = lambda request: JSONResponse({"id": "1"})) -> None:
+        self.answer = answer
+        self.reached_vllm: list[Seen] = []
+        self.registry = CollectorRegistry()
+        self.limit = BranchLimit(4)
+        self.state = SimpleNamespace(
+            em_inf=Settings(strategy_refinement_prompt="Again."),
+            em_inf_metrics=Metrics("m", self.registry),
+            strategy_metrics=StrategyMetrics("m", list(STRATEGIES), self.registry),
+            branch_limit=self.limit,
+        )
+
+    async def vllm_handler(self, request: ChatCompletionRequest, raw_request: Request) -> Any:
+        """Create a completion."""
+        self.reached_vllm.append(
+            Seen(request.vllm_xargs, request_stats_var.get(), strategy_run_var.get(), self.limit.taken)
+        )
+        return self.answer(request)
+
+    def send(self, route: str = CHAT, **fields: Any) -> Any:
+        handler = with_em_inf(self.vllm_handler, route)
+        model = with_our_fields(ChatCompletionRequest, strategies=True)
+        url = SimpleNamespace(path=route)
+        raw_request: Any = SimpleNamespace(app=SimpleNamespace(state=self.state), url=url)
+        response: Awaitable[Any] = handler(model(**fields), raw_request)
+        return asyncio.run(response)  # type: ignore[arg-type]
+
+    def outcomes(self) -> dict[tuple[str, str], float]:
+        """Return the requests counted, by method and outcome."""
+        samples = [s for m in self.registry.collect() for s in m.samples if s.name == "em_inf_requests_total"]
+        return {(s.labels["method"], s.labels["outcome"]): s.value for s in samples if s.value}
+
+
+def raises(error: BaseException) -> Callable[[Any], Any]:
+    def answer(request: Any) -> Any:
+        raise error
+
+    return answer
+
+
+def test_a_request_without_our_fields_gets_vllms_response() -> None:
+    response = JSONResponse({"id": "1"})
+    server = Server(lambda request: response)
+    assert server.send() is response
+    assert server.reached_vllm == [Seen(None, None, None, 0)]
+    assert server.outcomes() == {}
+
+
+def test_settings_reach_vllm_and_the_response_has_the_stats() -> None:
+    server = Server()
+    response = server.send(em_inf={"steps": 3, "stats": "summary"})
+    (seen,) = server.reached_vllm
+    assert seen.xargs
+    assert seen.xargs["em_inf"]["steps"] == 3
+    assert seen.request_stats == []  # engine requests will be added
+    assert json.loads(response.body) == {"id": "1", "em_inf": []}
+    assert server.outcomes() == {("em_inf", "completed"): 1}
+
+
+def test_wrong_settings_are_rejected_and_counted_with_the_method_unknown() -> None:
+    server = Server()
+    with pytest.raises(VLLMValidationError, match="got 99") as caught:
+        server.send(em_inf={"steps": 99})
+    assert caught.value.parameter == "body.em_inf.steps"
+    assert server.outcomes() == {("unknown", "rejected"): 1}
+
+
+def test_a_strategy_reserves_its_branches_until_the_response() -> None:
+    server = Server()
+    response = server.send(strategy=VOTE)
+    (seen,) = server.reached_vllm
+    assert seen.run
+    assert (seen.run.strategy.type, seen.branches_taken, server.limit.taken) == ("self_consistency", 3, 0)
+    summary = json.loads(response.body)["strategy"]
+    assert (summary["type"], summary["n"], summary["completed"]) == ("self_consistency", 3, 0)
+
+
+def test_a_strategy_that_does_not_fit_is_answered_with_429() -> None:
+    server = Server(raises(AssertionError("vLLM must not see it")))
+    response = server.send(strategy=VOTE | {"n": 5})
+    assert isinstance(response, Response)
+    assert response.status_code == 429
+    assert json.loads(bytes(response.body))["error"]["message"] == "5 branches asked for, 4 of 4 places are free"
+    assert server.limit.taken == 0
+
+
+def test_other_routes_reject_a_strategy() -> None:
+    server = Server()
+    with pytest.raises(VLLMValidationError, match="use /v1/chat/completions") as caught:
+        server.send(COMPLETIONS, strategy=VOTE)
+    assert caught.value.parameter == "body.strategy"
+    with pytest.raises(VLLMValidationError, match="must be one of") as caught:
+        server.send(CHAT, strategy={"type": "magic"})
+    assert caught.value.parameter == "body.strategy.type"
+
+
+@pytest.mark.parametrize(
+    ("error", "outcome"),
+    [
+        (VLLMClientError("longer than the context"), "rejected"),
+        (RuntimeError("the engine is dead"), "failed"),
+        (asyncio.CancelledError(), "aborted"),
+    ],
+)
+def test_an_exception_of_vllms_is_an_outcome_and_releases_the_branches(error: BaseException, outcome: str) -> None:
+    server = Server(raises(error))
+    with pytest.raises(type(error)):
+        server.send(em_inf=True, strategy=VOTE)
+    assert server.outcomes() == {("em_inf", outcome): 1}
+    assert server.limit.taken == 0
+
+
+def test_vllms_none_for_a_client_that_has_gone_is_an_aborted_request() -> None:
+    server = Server(lambda request: None)
+    assert server.send(em_inf=True, strategy=VOTE) is None
+    assert server.outcomes() == {("em_inf", "aborted"): 1}
+    assert server.limit.taken == 0
+
+
+def test_refinements_next_prompt_is_the_conversation_with_the_reply_and_the_operators_prompt() -> None:
+    rendered: list[Any] = []
+
+    async def render_chat_request(request: Any) -> Any:
+        rendered.append(request)
+        if request.messages[1]["content"] == "too long":
+            raise VLLMClientError("longer than the context")
+        return request.messages, ["the prompt"]
+
+    server = Server()
+    server.state.openai_serving_chat = SimpleNamespace(render_chat_request=render_chat_request)
+    messages = [{"role": "user", "content": "7*8"}]
+    server.send(messages=messages, strategy={"type": "refinement"}, continue_final_message=True)
+    (seen,) = server.reached_vllm
+    assert seen.run
+    assert asyncio.run(seen.run.branches.next_prompt("54")) == "the prompt"
+    turns = [{"role": "assistant", "content": "54"}, {"role": "user", "content": "Again."}]
+    assert rendered[0].messages == [*messages, *turns]
+    assert (rendered[0].add_generation_prompt, rendered[0].continue_final_message) == (True, False)
+    assert asyncio.run(seen.run.branches.next_prompt("too long")) is None
+
+
+@pytest.mark.parametrize(("route", "ours"), [(CHAT, {"em_inf", "strategy"}), (COMPLETIONS, {"em_inf"})])
+def test_fastapi_reads_our_fields_from_the_handlers_signature(route: str, ours: set[str]) -> None:
+    app = FastAPI()
+    app.post(route)(with_em_inf(Server().vllm_handler, route))
+    schema = app.openapi()
+    post = schema["paths"][route]["post"]
+    assert post["description"] == "Create a completion."
+    assert post["requestBody"]["content"]["application/json"]["schema"]["$ref"].endswith("/EMInfChatCompletionRequest")
+    properties = schema["components"]["schemas"]["EMInfChatCompletionRequest"]["properties"]
+    assert set(properties) == set(ChatCompletionRequest.model_fields) | ours
