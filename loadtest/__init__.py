@@ -1,1 +1,1 @@
-"""em-loadtest: decoding strategies compared on speed and accuracy together, against any OpenAI-compatible server."""
+"""em-loadtest: compares the speed and accuracy of decoding configurations, against any OpenAI-compatible server."""

@@ -1,6 +1,6 @@
-"""One call: a chat completion asked for over HTTP, timed as its bytes come. Knows nothing of arms or loads.
+"""Sends chat completion requests over HTTP and measures the replies as they arrive. Knows nothing of configs or loads.
 
-httpx, with a client for each connection in use: one pool of thousands would search all of them for every request.
+Each connection in use is an httpx client: one pool of thousands of connections would search them all per request.
 """
 
 import asyncio
@@ -12,20 +12,20 @@ from typing import Any
 
 import httpx
 
-from loadtest.records import Call
+from loadtest.measurements import MeasuredRequest
 from loadtest.scenario import Limits
 
-CONNECT = 30.0  # seconds
-IDLE = 4.0  # seconds; uvicorn, and vLLM with it, closes a connection that is idle for 5
+CONNECT_TIMEOUT_S = 30.0
+KEEPALIVE_S = 4.0  # uvicorn, and so vLLM, closes a connection that is idle for 5 s
 
 
 def api_root(base_url: str) -> str:
-    """The server's address, with or without `/v1` and slashes at its end, as the address that has it."""
+    """Return the server's address ending in `/v1`, whether or not `base_url` ends in it or in a slash."""
     return base_url.rstrip("/").removesuffix("/v1").rstrip("/") + "/v1"
 
 
 class Client:
-    """Calls to one server. Connections are kept alive and used again."""
+    """A client of one server that keeps its connections alive and reuses them; a context manager."""
 
     def __init__(self, base_url: str, api_key: str | None, limits: Limits) -> None:
         self.root = api_root(base_url)
@@ -41,34 +41,34 @@ class Client:
     async def __aexit__(self, *error: object) -> None:
         await asyncio.gather(*(connection.aclose() for connection in self._all))
 
-    async def call(self, body: dict[str, Any], began: float) -> Call:
-        """Ask, and follow the reply to its end or its breaking off. Raises nothing that a server can cause.
+    async def send(self, body: dict[str, Any], began: float) -> MeasuredRequest:
+        """Send a request and read the reply until it ends or breaks off. Raises nothing that a server can cause.
 
         Args:
-            body: of the request.
-            began: when the stage began, on `time.monotonic`'s clock.
+            body: the request's JSON.
+            began: when the stage began, on the clock of `time.monotonic`.
         """
-        call = Call(seed=body.get("seed", 0), sent=time.monotonic() - began)
+        measured = MeasuredRequest(seed=body.get("seed", 0), sent=time.monotonic() - began)
         connection = self._idle.pop() if self._idle else self._connection()
         try:
             async with asyncio.timeout(self.limits.request_s):
-                await self._exchange(connection, body, call, began)
+                await self._exchange(connection, body, measured, began)
         except TimeoutError:
-            call.error = f"timeout: no end after {self.limits.request_s:g} s"
+            measured.error = f"timeout: no end after {self.limits.request_s:g} s"
         except httpx.ReadTimeout:
-            call.error = f"stalled: no byte for {self.limits.stall_s:g} s"
+            measured.error = f"stalled: no byte for {self.limits.stall_s:g} s"
         except httpx.HTTPError as error:
-            call.error = f"connection: {type(error).__name__} {error}".rstrip()
+            measured.error = f"connection: {type(error).__name__} {error}".rstrip()
         except (ValueError, TypeError, AttributeError, KeyError, IndexError) as error:
-            call.error = f"unreadable: {type(error).__name__} {error}"
+            measured.error = f"unreadable: {type(error).__name__} {error}"
         finally:
             self._idle.append(connection)
-        call.last = time.monotonic() - began
-        _judge(call)
-        return call
+        measured.last = time.monotonic() - began
+        _set_status(measured)
+        return measured
 
     async def get(self, path: str) -> httpx.Response | None:
-        """What else the server says, from its root; None where it does not."""
+        """Return the response for a path from the server's root; None if there is none with status 200."""
         connection = self._idle.pop() if self._idle else self._connection()
         try:
             response = await connection.get(self.root.removesuffix("/v1") + path)
@@ -81,31 +81,33 @@ class Client:
     def _connection(self) -> httpx.AsyncClient:
         connection = httpx.AsyncClient(
             headers=self._headers,
-            timeout=httpx.Timeout(CONNECT, read=self.limits.stall_s, pool=None),
-            limits=httpx.Limits(max_connections=1, max_keepalive_connections=1, keepalive_expiry=IDLE),
+            timeout=httpx.Timeout(CONNECT_TIMEOUT_S, read=self.limits.stall_s, pool=None),
+            limits=httpx.Limits(max_connections=1, max_keepalive_connections=1, keepalive_expiry=KEEPALIVE_S),
             verify=self._ssl,
             trust_env=False,  # through a proxy, the proxy would be measured
         )
         self._all.append(connection)
         return connection
 
-    async def _exchange(self, connection: httpx.AsyncClient, body: dict[str, Any], call: Call, began: float) -> None:
+    async def _exchange(
+        self, connection: httpx.AsyncClient, body: dict[str, Any], measured: MeasuredRequest, began: float
+    ) -> None:
         async with connection.stream("POST", f"{self.root}/chat/completions", json=body) as response:
             if response.status_code != 200:
-                call.error = f"HTTP {response.status_code}: {_message(await response.aread())}"
+                measured.error = f"HTTP {response.status_code}: {_error_message(await response.aread())}"
             elif body.get("stream"):
-                await _read_stream(response, call, began)
+                await _read_stream(response, measured, began)
             else:
                 reply = json.loads(await response.aread())
-                _take(reply, call)
+                _read_metadata(reply, measured)
                 choice = reply["choices"][0]
-                call.text = choice["message"].get("content") or ""
-                call.finish_reason = choice["finish_reason"]
+                measured.text = choice["message"].get("content") or ""
+                measured.finish_reason = choice["finish_reason"]
                 tokens = (choice.get("logprobs") or {}).get("content") or ()
-                call.top_logprobs = [[each["logprob"] for each in token["top_logprobs"]] for token in tokens]
+                measured.top_logprobs = [[each["logprob"] for each in token["top_logprobs"]] for token in tokens]
 
 
-async def _read_stream(response: httpx.Response, call: Call, began: float) -> None:
+async def _read_stream(response: httpx.Response, measured: MeasuredRequest, began: float) -> None:
     previous: float | None = None
     parts: list[str] = []
     done = False
@@ -116,64 +118,64 @@ async def _read_stream(response: httpx.Response, call: Call, began: float) -> No
                 continue
             event = json.loads(data)
             if "error" in event:
-                call.error = f"error in the stream: {_message(data)}"
+                measured.error = f"error in the stream: {_error_message(data)}"
                 return
-            _take(event, call)
+            _read_metadata(event, measured)
             for choice in event["choices"][:1]:
-                call.finish_reason = choice.get("finish_reason") or call.finish_reason
+                measured.finish_reason = choice.get("finish_reason") or measured.finish_reason
                 delta = choice.get("delta") or {}
                 content = delta.get("content")
                 if not content and not (delta.get("reasoning_content") or delta.get("reasoning")):
                     continue
                 now = time.monotonic() - began
                 parts.append(content or "")
-                call.chunks += 1
+                measured.chunks += 1
                 if previous is None:
-                    call.first = now
+                    measured.first = now
                 else:
-                    call.gaps.append(round(now - previous, 5))
+                    measured.gaps.append(round(now - previous, 5))
                 previous = now
     finally:
-        call.text = "".join(parts)
+        measured.text = "".join(parts)
     if not done:
-        call.error = "broke off: the stream ended without [DONE]"
+        measured.error = "broke off: the stream ended without [DONE]"
 
 
 async def _events(response: httpx.Response) -> AsyncIterator[bytes]:
-    """The `data` of server-sent events; OpenAI's have one line each."""
-    rest = b""
+    """Yield the `data` of server-sent events; OpenAI's have one line each."""
+    unfinished = b""
     async for received in response.aiter_raw():
-        *lines, rest = (rest + received).split(b"\n")
+        *lines, unfinished = (unfinished + received).split(b"\n")
         for line in lines:
             if line.startswith(b"data:"):
                 yield line[5:].strip()
 
 
-def _take(event: dict[str, Any], call: Call) -> None:
-    """What a reply, or a chunk of it, says beside its text."""
+def _read_metadata(event: dict[str, Any], measured: MeasuredRequest) -> None:
+    """Take usage, stats and strategy from a reply, or from a chunk of it."""
     if usage := event.get("usage"):
-        call.prompt_tokens, call.output_tokens = usage["prompt_tokens"], usage["completion_tokens"]
-    if statistics := event.get("em_inf"):
-        call.em_inf = {name: value for name, value in statistics[0].items() if not isinstance(value, list)}
+        measured.prompt_tokens, measured.output_tokens = usage["prompt_tokens"], usage["completion_tokens"]
+    if summaries := event.get("em_inf"):
+        measured.em_inf = {name: value for name, value in summaries[0].items() if not isinstance(value, list)}
     if strategy := event.get("strategy"):
-        call.strategy = strategy
+        measured.strategy = strategy
 
 
-def _judge(call: Call) -> None:
-    """Its status, and how many tokens of it were the reply's own."""
-    if call.error is None and call.finish_reason is not None:
-        call.status = "ok"
+def _set_status(measured: MeasuredRequest) -> None:
+    """Set the status, and the number of tokens of the reply itself."""
+    if measured.error is None and measured.finish_reason is not None:
+        measured.status = "ok"
     else:
-        call.status = "incomplete" if call.chunks else "failed"
-        call.error = call.error or "no finish_reason: the reply has no end"
-    if call.strategy is None and call.output_tokens is not None:
-        call.delivered_tokens = call.output_tokens
-    else:  # of several samples one was delivered: the engine streams a token or a few in a chunk
-        call.delivered_tokens = (call.em_inf or {}).get("tokens") or call.chunks or None
+        measured.status = "incomplete" if measured.chunks else "failed"
+        measured.error = measured.error or "no finish_reason: the reply has no end"
+    if measured.strategy is None and measured.output_tokens is not None:
+        measured.delivered_tokens = measured.output_tokens
+    else:  # one of several samples was delivered; without stats, count chunks: each has a token or a few
+        measured.delivered_tokens = (measured.em_inf or {}).get("tokens") or measured.chunks or None
 
 
-def _message(body: bytes) -> str:
-    """The server's own words, shortened."""
+def _error_message(body: bytes) -> str:
+    """Return the server's error message, shortened."""
     try:
         error = json.loads(body)["error"]
         text = error["message"] if isinstance(error, dict) else str(error)

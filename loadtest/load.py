@@ -1,4 +1,4 @@
-"""Loads: when each question is asked. Knows nothing of what asking means."""
+"""Generates load: decides when each question is asked. Knows nothing of what asking means."""
 
 import asyncio
 import gc
@@ -8,38 +8,38 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequen
 from contextlib import asynccontextmanager, contextmanager, suppress
 from itertools import accumulate
 
-from loadtest.records import Item
+from loadtest.measurements import MeasuredQuestion
 from loadtest.scenario import Closed, Open
 
-TICK = 0.01  # seconds
-COLLECT_AFTER = 20_000  # objects more; Python's own setting is 700, and every 100th time all of them
-Ask = Callable[[int, float], Awaitable[Item]]  # a question's index, and when it was due in seconds since the beginning
+CLOCK_INTERVAL_S = 0.01
+GC_THRESHOLD = 20_000  # new objects; Python's default is 700, and a full collection every 100th time
+Ask = Callable[[int, float], Awaitable[MeasuredQuestion]]  # a question's index, and when it is due, in s since `began`
 
 
 async def run_load(load: Closed | Open, order: Sequence[int], ask: Ask, began: float, seed: int) -> list[float]:
-    """Ask all of `order` under the load, and wait for the answers.
+    """Ask all questions of `order` under the load, and wait for the answers.
 
     Returns:
-        How late the generator was, in seconds: in an open loop each question; in a closed one, where a question is due
-        when another is answered, a clock beside it that ticks every 10 ms.
+        Scheduling delays, by which the generator acted late, in seconds. In an open loop: of each question. In a closed
+        loop a question is due only when another is answered, so a clock is measured that ticks every 10 ms.
     """
-    lags: list[float] = []
-    with _few_collections():
+    delays: list[float] = []
+    with _rare_garbage_collection():
         if isinstance(load, Closed):
-            async with _clock(lags):
+            async with _clock(delays):
                 await _closed(load.concurrency, order, ask, began)
         else:
-            await _open(load, order, ask, began, seed, lags)
-    return lags
+            await _open(load, order, ask, began, seed, delays)
+    return delays
 
 
 @contextmanager
-def _few_collections() -> Iterator[None]:
-    """Python's collector looks through all objects there are, which takes 0.2 s where thousands of calls are kept."""
+def _rare_garbage_collection() -> Iterator[None]:
+    """Keep full collections out of the load: with thousands of requests in memory, one takes 0.2 s."""
     thresholds = gc.get_threshold()
     gc.collect()
     gc.freeze()
-    gc.set_threshold(COLLECT_AFTER, 10, 1000)
+    gc.set_threshold(GC_THRESHOLD, 10, 1000)
     try:
         yield
     finally:
@@ -48,43 +48,44 @@ def _few_collections() -> Iterator[None]:
 
 
 async def _closed(concurrency: int, order: Sequence[int], ask: Ask, began: float) -> None:
-    waiting = iter(order)
+    remaining = iter(order)  # shared by the workers
 
-    async def worker(waiting: Iterator[int]) -> None:
-        for index in waiting:
+    async def worker() -> None:
+        for index in remaining:
             await ask(index, time.monotonic() - began)
 
     async with asyncio.TaskGroup() as group:
         for _ in range(min(concurrency, len(order))):
-            group.create_task(worker(waiting))
+            group.create_task(worker())
 
 
-async def _open(load: Open, order: Sequence[int], ask: Ask, began: float, seed: int, lags: list[float]) -> None:
+async def _open(load: Open, order: Sequence[int], ask: Ask, began: float, seed: int, delays: list[float]) -> None:
     async with asyncio.TaskGroup() as group:
         for index, due in zip(order, arrivals(load, len(order), seed), strict=True):
             await asyncio.sleep(began + due - time.monotonic())
-            lags.append(time.monotonic() - began - due)
+            delays.append(time.monotonic() - began - due)
             group.create_task(_awaited(ask(index, due)))
 
 
 def arrivals(load: Open, count: int, seed: int) -> list[float]:
-    """When questions arrive: seconds since the beginning, the first at 0."""
+    """Return when questions are due, in seconds since the beginning; the first at 0."""
     rng = random.Random(seed)
     gaps = [1 / load.rate if load.type == "constant" else rng.expovariate(load.rate) for _ in range(count - 1)]
     return [0.0, *accumulate(gaps)][:count]
 
 
-async def _awaited(item: Awaitable[Item]) -> None:
-    await item
+async def _awaited(question: Awaitable[MeasuredQuestion]) -> None:
+    """Make a coroutine of any awaitable: a task needs one."""
+    await question
 
 
 @asynccontextmanager
-async def _clock(lags: list[float]) -> AsyncIterator[None]:
+async def _clock(delays: list[float]) -> AsyncIterator[None]:
     async def tick() -> None:
         while True:
-            due = time.monotonic() + TICK
-            await asyncio.sleep(TICK)
-            lags.append(time.monotonic() - due)
+            due = time.monotonic() + CLOCK_INTERVAL_S
+            await asyncio.sleep(CLOCK_INTERVAL_S)
+            delays.append(time.monotonic() - due)
 
     ticking = asyncio.create_task(tick())
     try:

@@ -1,6 +1,6 @@
-"""An OpenAI-compatible server without a model, whose speed, errors, lies and broken connections are scripted.
+"""An OpenAI-compatible server without a model, whose speed, errors, false usage and broken connections are scripted.
 
-Answers the demo's problems by arithmetic, so that accuracy has a known value too.
+It solves the demo's problems by arithmetic, so that accuracy has a known value too.
 """
 
 import asyncio
@@ -20,29 +20,29 @@ from starlette.routing import Route
 from demo.problems import solve
 
 MODEL = "mock"
-STALL = 3600.0  # seconds
+STALL_S = 3600.0
 
 
 class Script(BaseModel):
-    """What the server does. Shares are of requests, drawn from each request's seed and number."""
+    """What the server does. Shares are shares of requests, drawn from each request's seed and temperature."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    tokens: int = Field(default=20, ge=1, description="Of a reply: a chunk each.")
-    first_token: float = Field(default=0.0, ge=0, description="Seconds until it.")
-    per_token: float = Field(default=0.0, ge=0, description="Seconds between two.")
+    tokens: int = Field(default=20, ge=1, description="Tokens of a reply, one per chunk.")
+    first_token: float = Field(default=0.0, ge=0, description="Seconds until the first token.")
+    per_token: float = Field(default=0.0, ge=0, description="Seconds between two tokens.")
     accuracy: float = Field(default=1.0, ge=0, le=1)
     refused: float = Field(default=0.0, ge=0, le=1, description="Share answered with `status`.")
     status: int = 500
     reset: float = Field(default=0.0, ge=0, le=1, description="Share whose connection breaks in the middle.")
-    stalled: float = Field(default=0.0, ge=0, le=1, description="Share that stops in the middle, connected.")
-    usage_factor: float = Field(default=1.0, description="What `usage` says, in units of the truth.")
+    stalled: float = Field(default=0.0, ge=0, le=1, description="Share that stops in the middle while connected.")
+    usage_factor: float = Field(default=1.0, description="Factor by which `usage` differs from the truth.")
     no_usage: bool = False
     seed: int = 0
 
 
 class Mock:
-    """Counts what it has generated, as vLLM's /metrics would."""
+    """The server; counts what it generates, like vLLM's /metrics."""
 
     def __init__(self, script: Script) -> None:
         self.script = script
@@ -51,10 +51,10 @@ class Mock:
         self.most_running = 0
         self.generated = 0
         self.prompted = 0
-        self.bodies: list[dict[str, Any]] = []  # the last of them
+        self.bodies: list[dict[str, Any]] = []  # of the latest 1,000 requests
 
     def app(self) -> Starlette:
-        """For uvicorn."""
+        """Return the application for uvicorn."""
         return Starlette(
             routes=[
                 Route("/v1/chat/completions", self.chat, methods=["POST"]),
@@ -65,12 +65,12 @@ class Mock:
         )
 
     def metrics(self, _: Request) -> Response:
-        """vLLM's counters."""
+        """Return the counters under vLLM's names."""
         counters = {"vllm:generation_tokens_total": self.generated, "vllm:prompt_tokens_total": self.prompted}
         return PlainTextResponse("".join(f'{name}{{model_name="{MODEL}"}} {n}\n' for name, n in counters.items()))
 
     async def chat(self, request: Request) -> Response:
-        """One completion, or its failure."""
+        """Answer with a completion, or fail as scripted."""
         body = await request.json()
         self.requests += 1
         self.bodies = [*self.bodies[-999:], body]
@@ -92,19 +92,19 @@ class Mock:
             pass
         message = {"role": "assistant", "content": "".join(pieces)}
         choices = [{"index": 0, "message": message, "finish_reason": "stop"}]
-        return JSONResponse(_head("chat.completion") | {"choices": choices} | self._usage(question, limit))
+        return JSONResponse(_header("chat.completion") | {"choices": choices} | self._usage(question, limit))
 
     def _reply(self, question: str, rng: random.Random) -> str:
         try:
             problem = solve(question)
         except ValueError:
             problem = None
-        right = problem.answer if problem else 0
-        return f"\\boxed{{{right if rng.random() < self.script.accuracy else right + rng.randint(1, 9)}}}"
+        correct = problem.answer if problem else 0
+        return f"\\boxed{{{correct if rng.random() < self.script.accuracy else correct + rng.randint(1, 9)}}}"
 
     def _usage(self, question: str, tokens: int) -> dict[str, Any]:
-        said = round(tokens * self.script.usage_factor)
-        usage = {"prompt_tokens": len(question), "completion_tokens": said, "total_tokens": len(question) + said}
+        claimed = round(tokens * self.script.usage_factor)
+        usage = {"prompt_tokens": len(question), "completion_tokens": claimed, "total_tokens": len(question) + claimed}
         return {} if self.script.no_usage else {"usage": usage}
 
     async def _generate(self, pieces: list[str], breaks: bool, stalls: bool) -> AsyncIterator[str]:
@@ -120,7 +120,7 @@ class Mock:
                     if breaks:
                         raise ConnectionResetError("scripted")
                     if stalls:
-                        await asyncio.sleep(STALL)
+                        await asyncio.sleep(STALL_S)
                 self.generated += 1
                 yield piece
         finally:
@@ -129,22 +129,22 @@ class Mock:
     async def _chunks(
         self, body: dict[str, Any], pieces: list[str], breaks: bool, stalls: bool
     ) -> AsyncIterator[bytes]:
-        head = json.dumps(_head("chat.completion.chunk"))[:-1]
+        header = json.dumps(_header("chat.completion.chunk"))[:-1]
         async for piece in self._generate(pieces, breaks, stalls):
             delta = json.dumps({"content": piece})
-            yield f'data: {head}, "choices": [{{"index": 0, "delta": {delta}, "finish_reason": null}}]}}\n\n'.encode()
+            yield f'data: {header}, "choices": [{{"index": 0, "delta": {delta}, "finish_reason": null}}]}}\n\n'.encode()
         end = [{"index": 0, "delta": {}, "finish_reason": "stop"}]
-        yield f"data: {json.dumps(_head('chat.completion.chunk') | {'choices': end})}\n\n".encode()
+        yield f"data: {json.dumps(_header('chat.completion.chunk') | {'choices': end})}\n\n".encode()
         if (body.get("stream_options") or {}).get("include_usage"):
             usage = self._usage(body["messages"][-1]["content"], len(pieces))
-            yield f"data: {json.dumps(_head('chat.completion.chunk') | {'choices': []} | usage)}\n\n".encode()
+            yield f"data: {json.dumps(_header('chat.completion.chunk') | {'choices': []} | usage)}\n\n".encode()
         yield b"data: [DONE]\n\n"
 
 
-def _head(kind: str) -> dict[str, Any]:
+def _header(kind: str) -> dict[str, Any]:
     return {"id": "chatcmpl-mock", "object": kind, "created": 0, "model": MODEL}
 
 
 def serve(script: Script, host: str, port: int) -> None:
-    """Until it is interrupted."""
+    """Serve until interrupted."""
     uvicorn.run(Mock(script).app(), host=host, port=port, log_level="warning", timeout_keep_alive=5)

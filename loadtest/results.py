@@ -1,22 +1,31 @@
-"""The schema of results.json. Rates are per second, latencies in seconds, entropies in nats."""
+"""The schema of results.json. Rates are per second, latencies in seconds, entropies in nats.
+
+Fields that were renamed keep their first names in files, as aliases, so that old results stay readable.
+"""
 
 from typing import Any
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict, Field
 
 SCHEMA_VERSION = 1
 
 
-class Interval(BaseModel):
-    """An estimate with its 95 % interval."""
+class Part(BaseModel):
+    """A part of the results; code may build it by field names or by the names in files."""
+
+    model_config = ConfigDict(populate_by_name=True)
+
+
+class Interval(Part):
+    """An estimate and its range; each use says which range: a 95 % interval, or that of the repetitions."""
 
     value: float
     low: float
     high: float
 
 
-class Percentiles(BaseModel):
-    """Of one quantity over requests."""
+class Percentiles(Part):
+    """The distribution of one quantity over requests."""
 
     count: int
     mean: float
@@ -26,8 +35,8 @@ class Percentiles(BaseModel):
     p99: float
 
 
-class Latency(BaseModel):
-    """Of the calls that were whole; None where nothing was streamed. e2e is of the whole question, votes included."""
+class Latency(Part):
+    """Latencies of complete requests; None if nothing was streamed. `e2e` is per question, with all its votes."""
 
     ttft: Percentiles | None
     tpot: Percentiles | None  # (E2E - TTFT) / (delivered tokens - 1)
@@ -35,45 +44,45 @@ class Latency(BaseModel):
     e2e: Percentiles | None
 
 
-class StageResult(BaseModel):
-    """One arm under one load, one repetition."""
+class StageResult(Part):
+    """One config under one load, one repetition."""
 
-    arm: str
+    config: str = Field(validation_alias="arm", serialization_alias="arm")
     load: str
-    offered: float
+    target_load: float = Field(validation_alias="offered", serialization_alias="offered")
     open_loop: bool
     repetition: int
     seconds: float
-    items: int
+    questions: int = Field(validation_alias="items", serialization_alias="items")
     ok: int
     incomplete: int
     failed: int
-    errors: dict[str, int]  # by kind, calls
-    requests_per_second: float  # HTTP requests that were whole
-    output_tokens_per_second: float  # all that was generated, by `usage`
-    delivered_tokens_per_second: float  # of replies that reached the user (for a client's vote: one of the voters')
-    answers_per_second: float  # questions answered (status ok)
+    errors: dict[str, int]  # requests, by kind of error
+    requests_per_second: float  # complete HTTP requests
+    output_tokens_per_second: float  # every generated token, by `usage`
+    delivered_tokens_per_second: float  # tokens of the replies that users get (in a client's vote: of one voter)
+    answers_per_second: float  # questions with status ok
     correct_per_second: float | None
-    goodput: float | None  # questions per second that kept to the SLO; None without one
+    goodput: float | None  # questions per second within the SLO; None without an SLO
     prompt_tokens: int
     output_tokens: int
     counted_output_tokens: int | None
     latency: Latency
-    lag_p99: float
-    accuracy: float | None  # of all that were asked: one that failed is not right
+    scheduling_delay_p99: float = Field(validation_alias="lag_p99", serialization_alias="lag_p99")
+    accuracy: float | None  # over all questions asked: a failed one is not correct
     entropy_before: float | None  # mean per token
     entropy_after: float | None
     optimized_share: float | None  # of tokens
-    invalid: list[str]  # why its figures should not be used; empty for most
-    warnings: list[str]  # such as a server whose usage is not what its counter says
+    invalid: list[str]  # why its figures must not be used; empty for most stages
+    warnings: list[str]  # such as a server whose usage differs from its counter
 
 
-class ArmResult(BaseModel):
-    """One arm under one load, all valid repetitions together. Rates: median over repetitions, with the range."""
+class ConfigResult(Part):
+    """One config under one load, over all valid repetitions. Rates: median over repetitions, with the range."""
 
-    arm: str
+    config: str = Field(validation_alias="arm", serialization_alias="arm")
     load: str
-    offered: float
+    target_load: float = Field(validation_alias="offered", serialization_alias="offered")
     repetitions: int
     answers_per_second: Interval
     correct_per_second: Interval | None
@@ -81,7 +90,7 @@ class ArmResult(BaseModel):
     output_tokens_per_second: Interval
     delivered_tokens_per_second: Interval
     goodput: Interval | None
-    accuracy: Interval | None  # bootstrap over questions
+    accuracy: Interval | None  # 95 %, bootstrap over questions
     tokens_per_correct: float | None  # output tokens
     seconds_per_correct: float | None  # of the server's time: 1 / correct_per_second
     cost_per_million_tokens: float | None  # output tokens; None without a price
@@ -94,42 +103,42 @@ class ArmResult(BaseModel):
     entropy_before: float | None
     entropy_after: float | None
     optimized_share: float | None
-    entropies: list[float]  # mean entropy before of each reply, for a histogram; at most 2,000
+    entropies: list[float]  # each reply's mean entropy before, for a histogram; at most 2,000
 
 
-class Comparison(BaseModel):
-    """One arm against a reference, under one load."""
+class Comparison(Part):
+    """One config against a reference, under one load."""
 
-    arm: str
+    config: str = Field(validation_alias="arm", serialization_alias="arm")
     reference: str
     load: str
-    answers_per_second_ratio: Interval  # of the repetitions, paired: median and range
+    answers_per_second_ratio: Interval  # over repetitions, paired: median and range
     tokens_ratio: float | None  # output tokens per question; None without usage
-    accuracy_difference: Interval | None  # paired bootstrap over questions
+    accuracy_difference: Interval | None  # 95 %, paired bootstrap over questions
 
 
-class Run(BaseModel):
-    """Where, when and with what."""
+class Run(Part):
+    """When, where and with which software the run was made."""
 
     started: str  # ISO 8601, UTC
     seconds: float
     base_url: str
     model: str
     machine: dict[str, str]
-    versions: dict[str, str]  # of this tool, its libraries, and of the server where it says them
+    versions: dict[str, str]  # of this tool and its libraries
     git_commit: str | None
-    server: dict[str, Any]  # what the server says of itself (`/version`, `/v1/models`, `/v1/em_inf`), or flags given
+    server: dict[str, Any]  # what `/version`, `/v1/models` and `/v1/em_inf` return, and the flags the user states
 
 
-class Results(BaseModel):
-    """results.json."""
+class Results(Part):
+    """The content of results.json."""
 
     schema_version: int = SCHEMA_VERSION
     name: str
     run: Run
-    scenario: dict[str, Any]
-    calibration: dict[str, dict[str, float]]  # by arm: temperature found, its mean entropy, the target's
+    scenario: dict[str, Any]  # as the scenario file has it: its configs are under `arms`
+    calibration: dict[str, dict[str, float]]  # by config: the temperature found, its mean entropy, the target's
     stages: list[StageResult]
-    arms: list[ArmResult]
+    configs: list[ConfigResult] = Field(validation_alias="arms", serialization_alias="arms")
     comparisons: list[Comparison]
     failed: list[str]  # why the exit status is not 0; empty otherwise

@@ -1,4 +1,4 @@
-"""A scenario against a server: stages in random order, votes, answers checked. Says what happened; judges nothing."""
+"""Runs a scenario against a server: stages in random order, client votes, answers checked. Computes no figures."""
 
 import asyncio
 import random
@@ -10,25 +10,22 @@ from answers.vote import Vote
 from loadtest.calibrate import Calibration, find_temperature
 from loadtest.client import Client
 from loadtest.load import run_load
-from loadtest.records import Call, Item, Stage
-from loadtest.scenario import Arm, Closed, Open, Scenario, Sweep
-from loadtest.tasks import LoadedTask
+from loadtest.measurements import MeasuredQuestion, MeasuredRequest, Stage
+from loadtest.scenario import Closed, Config, Open, Scenario, Sweep
+from loadtest.tasks.base import LoadedTask
 
-WARMUP_REPETITION = 999  # whose seeds no measured question has
+WARMUP_REPETITION = 999  # no measured repetition has its seeds
 GENERATED, PROMPTED = "vllm:generation_tokens_total", "vllm:prompt_tokens_total"
 
 
 class Progress(Protocol):
-    """Who wants to know how far it is."""
+    """An observer of a run."""
 
     def stage_began(self, stage: Stage, questions: int) -> None:
-        """Its questions are about to be asked."""
-
-    def item_ended(self, stage: Stage, item: Item) -> None:
-        """One was answered, or was not."""
+        """Note that the stage's questions are about to be asked."""
 
     def stage_ended(self, stage: Stage) -> None:
-        """All were."""
+        """Note that all answers of the stage are checked."""
 
 
 class Runner:
@@ -41,136 +38,110 @@ class Runner:
         task: LoadedTask,
         client: Client,
         progress: Progress,
-        record: Callable[[Stage], None],
+        write_stage: Callable[[Stage], None],
     ) -> None:
-        """`record` is given each stage as it ends, answers checked."""
+        """`write_stage` receives each stage as it ends, with its answers checked."""
         self.scenario = scenario
         self.model = model
         self.task = task
         self.client = client
         self.progress = progress
-        self.record = record
+        self.write_stage = write_stage
         self.calibration: dict[str, Calibration] = {}
         self._rng = random.Random(scenario.seed)
 
     async def run(self) -> list[Stage]:
-        """Every arm under every load, each repetition of a load with its arms in an order of its own."""
-        for arm in self.scenario.arms:
-            if arm.match_entropy_of:
-                await self._calibrate(arm)
+        """Run every config under every load; each repetition of a load has its configs in another random order."""
+        for config in self.scenario.configs:
+            if config.match_entropy_of:
+                await self._calibrate(config)
         stages: list[Stage] = []
         for load in self.scenario.loads:
             if isinstance(load, Sweep):
                 stages += await self._sweep(load)
             else:
-                stages += await self._repeat(load, self.scenario.arms)
+                stages += await self._repeat(load, self.scenario.configs)
         return stages
 
-    async def _repeat(self, load: Closed | Open, arms: Sequence[Arm]) -> list[Stage]:
+    # ---- Stages
+
+    async def _repeat(self, load: Closed | Open, configs: Sequence[Config]) -> list[Stage]:
         stages = []
         for repetition in range(self.scenario.repetitions):
-            for arm in self._rng.sample(arms, len(arms)):
-                stages.append(await self._stage(arm, load, repetition))
+            for config in self._rng.sample(configs, len(configs)):
+                stages.append(await self._stage(config, load, repetition))
         return stages
 
     async def _sweep(self, sweep: Sweep) -> list[Stage]:
-        """An arm leaves when more concurrency gives it no more answers."""
+        """Raise the concurrency; a config drops out when it gives no more answers per second."""
         stages: list[Stage] = []
-        best = dict.fromkeys((arm.name for arm in self.scenario.arms), 0.0)
-        arms = self.scenario.arms
+        best = dict.fromkeys((config.name for config in self.scenario.configs), 0.0)
+        configs = self.scenario.configs
         for level in sweep.levels():
-            now = await self._repeat(level, arms)
-            stages += now
-            grown = []
-            for arm in arms:
-                rates = sorted(answers_per_second(stage) for stage in now if stage.arm == arm.name)
-                rate = rates[len(rates) // 2]
-                if rate > best[arm.name] * (1 + sweep.gain):
-                    grown.append(arm)
-                best[arm.name] = max(best[arm.name], rate)
-            arms = tuple(grown)
-            if not arms:
+            new_stages = await self._repeat(level, configs)
+            stages += new_stages
+            faster = []
+            for config in configs:
+                rates = sorted(answers_per_second(stage) for stage in new_stages if stage.config == config.name)
+                median = rates[len(rates) // 2]
+                if median > best[config.name] * (1 + sweep.gain):
+                    faster.append(config)
+                best[config.name] = max(best[config.name], median)
+            configs = tuple(faster)
+            if not configs:
                 break
         return stages
 
-    async def _stage(self, arm: Arm, load: Closed | Open, repetition: int) -> Stage:
-        offered = load.concurrency if isinstance(load, Closed) else load.rate
-        stage = Stage(arm.name, load.label, offered, isinstance(load, Open), repetition)
-        # The same order, and the same times in an open loop, for every arm.
+    async def _stage(self, config: Config, load: Closed | Open, repetition: int) -> Stage:
+        target_load = load.concurrency if isinstance(load, Closed) else load.rate
+        stage = Stage(config.name, load.label, target_load, isinstance(load, Open), repetition)
+        # Every config has the same order of questions, and in an open loop the same times.
         rng = random.Random(f"{self.scenario.seed}/{load.label}/{repetition}")
         order = [question.index for question in self.task.questions]
         rng.shuffle(order)
-        await self._warm_up(arm, load, order)
+        await self._warm_up(config, load, order)
         self.progress.stage_began(stage, len(order))
-        before = await self._counters()
-        began = time.monotonic()
-
-        async def ask(index: int, due: float) -> Item:
-            item = await self._ask(arm, index, due, began, repetition)
-            stage.items.append(item)
-            self.progress.item_ended(stage, item)
-            return item
-
-        stage.lags = await run_load(load, order, ask, began, rng.getrandbits(32))
-        if stage.items:
-            first = min(item.scheduled for item in stage.items)
-            stage.seconds = max(item.ended for item in stage.items) - first
-        after = await self._counters()
+        before = await self._server_counters()
+        await self._measure(stage, config, load, order, arrival_seed=rng.getrandbits(32))
+        after = await self._server_counters()
         if before and after:
             stage.counted_output_tokens = after[0] - before[0]
             stage.counted_prompt_tokens = after[1] - before[1]
-        await asyncio.gather(*(self._check(item) for item in stage.items))  # not before: it would take the load's time
-        self.record(stage)
+        # Checked only now: during the load, checks would compete with it for the processor.
+        await asyncio.gather(*(self._check(question) for question in stage.questions))
+        self.write_stage(stage)
         self.progress.stage_ended(stage)
         return stage
 
-    async def _warm_up(self, arm: Arm, load: Closed | Open, order: Sequence[int]) -> None:
-        """The same requests with other seeds, at most as many at a time as the stage has."""
-        indices = [order[i % len(order)] for i in range(self.scenario.warmup)] if order else []
-        at_a_time = load.concurrency if isinstance(load, Closed) else max(1, len(indices))
+    async def _measure(
+        self, stage: Stage, config: Config, load: Closed | Open, order: Sequence[int], arrival_seed: int
+    ) -> None:
+        """Ask all questions under the load, and fill `stage`."""
+        began = time.monotonic()
 
-        async def ask(index: int, due: float) -> Item:
-            return await self._ask(arm, index, due, began, WARMUP_REPETITION)
+        async def ask(index: int, due: float) -> MeasuredQuestion:
+            question = await self._ask(config, index, due, began, stage.repetition)
+            stage.questions.append(question)
+            return question
+
+        stage.scheduling_delays = await run_load(load, order, ask, began, arrival_seed)
+        if stage.questions:
+            first = min(question.scheduled for question in stage.questions)
+            stage.seconds = max(question.ended for question in stage.questions) - first
+
+    async def _warm_up(self, config: Config, load: Closed | Open, order: Sequence[int]) -> None:
+        """Send the same requests with other seeds, at most as many at a time as in the stage."""
+        indices = [order[i % len(order)] for i in range(self.scenario.warmup)] if order else []
+        concurrency = load.concurrency if isinstance(load, Closed) else max(1, len(indices))
+
+        async def ask(index: int, due: float) -> MeasuredQuestion:
+            return await self._ask(config, index, due, began, WARMUP_REPETITION)
 
         began = time.monotonic()
-        await run_load(Closed(type="closed", concurrency=at_a_time), indices, ask, began, 0)
+        await run_load(Closed(type="closed", concurrency=concurrency), indices, ask, began, 0)
 
-    async def _ask(self, arm: Arm, index: int, due: float, began: float, repetition: int) -> Item:
-        seeds = self.scenario.seeds(repetition, index)
-        item = Item(index, scheduled=due)
-        requests = [self.body(arm, index) | {"seed": next(seeds)} for _ in range(arm.vote.n if arm.vote else 1)]
-        item.calls = list(await asyncio.gather(*(self.client.call(body, began) for body in requests)))
-        find = arm.vote.answer.of if arm.vote and arm.vote.answer else self.task.find
-        item.reply = voted(item.calls, find)
-        item.answer = find(item.reply.text) if item.reply else None
-        return item
-
-    def body(self, arm: Arm, index: int) -> dict[str, Any]:
-        """What one request of the arm says, all but its seed."""
-        question = self.task.questions[index]
-        system = [{"role": "system", "content": self.scenario.system}] if self.scenario.system else []
-        body: dict[str, Any] = {
-            "model": self.model,
-            "messages": [*system, {"role": "user", "content": question.text}],
-            "stream": self.scenario.stream,
-        }
-        if self.scenario.stream:
-            body["stream_options"] = {"include_usage": True}
-        if question.max_tokens is not None:
-            body |= {"max_tokens": question.max_tokens, "ignore_eos": True}
-        body |= self.scenario.request | arm.body
-        if arm.name in self.calibration:
-            body["temperature"] = self.calibration[arm.name].temperature
-        return {name: value for name, value in body.items() if value is not None}
-
-    async def _check(self, item: Item) -> None:
-        question = self.task.questions[item.index]
-        if question.answer is not None:
-            text = item.reply.text if item.reply else None
-            item.correct = text is not None and await self.task.check(question, text)
-
-    async def _counters(self) -> tuple[int, int] | None:
-        """Output and prompt tokens by the server's own count, of all its clients."""
+    async def _server_counters(self) -> tuple[int, int] | None:
+        """Return output and prompt tokens by the server's own counters, over all its clients."""
         response = await self.client.get("/metrics")
         if response is None:
             return None
@@ -183,37 +154,80 @@ class Runner:
                 sums[name] += float(line.rsplit(" ", 1)[1])
         return (round(sums[GENERATED]), round(sums[PROMPTED])) if found else None
 
-    async def _calibrate(self, arm: Arm) -> None:
-        target = next(other for other in self.scenario.arms if other.name == arm.match_entropy_of)
+    # ---- Questions
 
-        async def ask(body: dict[str, Any]) -> Call:
-            return await self.client.call(body, time.monotonic())
+    async def _ask(self, config: Config, index: int, due: float, began: float, repetition: int) -> MeasuredQuestion:
+        seeds = self.scenario.seeds(repetition, index)
+        question = MeasuredQuestion(index, scheduled=due)
+        count = config.vote.n if config.vote else 1
+        bodies = [self.body(config, index) | {"seed": next(seeds)} for _ in range(count)]
+        question.requests = list(await asyncio.gather(*(self.client.send(body, began) for body in bodies)))
+        find = config.vote.answer.extract if config.vote and config.vote.answer else self.task.find
+        question.reply = vote_winner(question.requests, find)
+        question.answer = find(question.reply.text) if question.reply else None
+        return question
 
-        bodies = [
-            self.body(each, question.index) | {"seed": next(self.scenario.seeds(WARMUP_REPETITION, question.index))}
-            for each in (target, arm)
-            for question in self.task.questions
+    def body(self, config: Config, index: int) -> dict[str, Any]:
+        """Return the body of a config's request for one question, without its seed."""
+        question = self.task.questions[index]
+        system = [{"role": "system", "content": self.scenario.system}] if self.scenario.system else []
+        body: dict[str, Any] = {
+            "model": self.model,
+            "messages": [*system, {"role": "user", "content": question.text}],
+            "stream": self.scenario.stream,
+        }
+        if self.scenario.stream:
+            body["stream_options"] = {"include_usage": True}
+        if question.max_tokens is not None:
+            body |= {"max_tokens": question.max_tokens, "ignore_eos": True}
+        body |= self.scenario.request | config.body
+        if config.name in self.calibration:
+            body["temperature"] = self.calibration[config.name].temperature
+        return {name: value for name, value in body.items() if value is not None}
+
+    async def _check(self, measured: MeasuredQuestion) -> None:
+        question = self.task.questions[measured.index]
+        if question.answer is not None:
+            text = measured.reply.text if measured.reply else None
+            measured.correct = text is not None and await self.task.check(question, text)
+
+    # ---- Matched temperatures
+
+    async def _calibrate(self, config: Config) -> None:
+        target = next(other for other in self.scenario.configs if other.name == config.match_entropy_of)
+
+        async def send(body: dict[str, Any]) -> MeasuredRequest:
+            return await self.client.send(body, time.monotonic())
+
+        found = await find_temperature(send, self._warm_up_bodies(target), self._warm_up_bodies(config), config.name)
+        self.calibration[config.name] = found
+
+    def _warm_up_bodies(self, config: Config) -> list[dict[str, Any]]:
+        indices = [question.index for question in self.task.questions]
+        return [
+            self.body(config, index) | {"seed": next(self.scenario.seeds(WARMUP_REPETITION, index))}
+            for index in indices
         ]
-        half = len(bodies) // 2
-        self.calibration[arm.name] = await find_temperature(ask, bodies[:half], bodies[half:], arm.name)
 
 
-def voted(calls: Sequence[Call], find: Callable[[str], str | None]) -> Call | None:
-    """The reply that the user has: the only one, or the first with the answer of most; of whole calls alone.
+def vote_winner(requests: Sequence[MeasuredRequest], find: Callable[[str], str | None]) -> MeasuredRequest | None:
+    """Return the request whose reply the user gets: the first complete one with the most frequent answer.
 
-    Ties go to the answer that came up first: a client does not know what the model finds likelier.
+    Without any answer it is the first complete one. Ties go to the answer that came up first: a client does not know
+    which answer the model finds more likely.
     """
-    whole = [call for call in calls if call.status == "ok"]
-    vote, first = Vote(), dict[str, Call]()
-    for call in whole:
-        answer = find(call.text)
+    complete = [request for request in requests if request.status == "ok"]
+    vote, first = Vote(), dict[str, MeasuredRequest]()
+    for request in complete:
+        answer = find(request.text)
         if answer is not None:
             vote.add(answer, tie_break=0.0)
-            first.setdefault(answer, call)
+            first.setdefault(answer, request)
     ranking = vote.ranking()
-    return first[ranking[0]] if ranking else next(iter(whole), None)
+    return first[ranking[0]] if ranking else next(iter(complete), None)
 
 
 def answers_per_second(stage: Stage) -> float:
-    """Questions answered."""
-    return sum(item.status == "ok" for item in stage.items) / stage.seconds if stage.seconds else 0.0
+    """Return the questions answered per second; 0 if the stage took no time."""
+    answered = sum(question.status == "ok" for question in stage.questions)
+    return answered / stage.seconds if stage.seconds else 0.0

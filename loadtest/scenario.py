@@ -1,4 +1,7 @@
-"""What a scenario file may say: a task, arms and loads. Knows nothing of how they are run."""
+"""The schema of a scenario file: a task, configs and loads. Knows nothing of how they are run.
+
+The configs are written under the key `arms`, as in results.json: files keep that name.
+"""
 
 import itertools
 from collections.abc import Iterator
@@ -10,15 +13,15 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from answers.extract import Answer
 
-SEED_STRIDE = 1000  # between the seeds of two questions: a strategy's branches have the next ones
+SEED_STRIDE = 1000  # between the seeds of two questions: a strategy's branches use the seeds in between
 
 
 class ScenarioError(Exception):
-    """A scenario that cannot be run. Its message names the field, the value and what is allowed."""
+    """A scenario that cannot be run. The message names the field, its value and what is allowed."""
 
 
 class Part(BaseModel):
-    """A part of a scenario: read once, never changed."""
+    """A part of a scenario: immutable, without unknown fields."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -27,7 +30,7 @@ class Part(BaseModel):
 
 
 class DemoTask(Part):
-    """The demo model's problems, of a split that it was not trained on."""
+    """The demo model's held-out problems."""
 
     type: Literal["demo"]
     count: int = Field(default=200, ge=1)
@@ -42,16 +45,19 @@ class FileTask(Part):
 
     type: Literal["file"]
     path: Path
-    question: str = Field(default="question", description="The field with the question.")
-    answer: str = Field(default="answer", description="The field with the answer, or with the unit tests.")
+    question: str = Field(default="question", description="Name of the field with the question.")
+    answer: str = Field(default="answer", description="Name of the field with the answer or the unit tests.")
     checker: Checker = "exact"
-    answer_pattern: str | None = Field(default=None, description="The part of the answer field that is the answer.")
-    prompt: str = Field(default="{question}", description="What the model is asked.")
-    count: int | None = Field(default=None, ge=1, description="The first so many; default: all.")
+    answer_pattern: str | None = Field(
+        default=None,
+        description="Regular expression for the answer inside the answer field: its first group, or its match.",
+    )
+    prompt: str = Field(default="{question}", description="The user message; {question} is replaced.")
+    count: int | None = Field(default=None, ge=1, description="Use only the first questions; default: all.")
 
 
-class ReadyTask(Part):
-    """A known benchmark, whose file the user has."""
+class PresetTask(Part):
+    """A known benchmark, from a file that the user provides."""
 
     type: Literal["math500", "aime", "amc", "gsm8k", "scicode"]
     path: Path
@@ -59,7 +65,7 @@ class ReadyTask(Part):
 
 
 class Lengths(Part):
-    """A distribution of lengths in tokens: constant, uniform, or lognormal."""
+    """A distribution of lengths in tokens: normal (constant without a spread), uniform or lognormal."""
 
     mean: int = Field(ge=1)
     spread: float = Field(default=0.0, ge=0, description="Standard deviation, in tokens.")
@@ -69,69 +75,71 @@ class Lengths(Part):
 
 
 class SyntheticTask(Part):
-    """No answers: prompts and replies of drawn lengths, for throughput alone."""
+    """Prompts and replies of random lengths without answers, to measure throughput alone."""
 
     type: Literal["synthetic"]
     prompt_tokens: Lengths
     output_tokens: Lengths
     count: int = Field(default=200, ge=1)
     seed: int = 17
-    word: str = Field(default=" the", description="Repeated for the prompt's length; should be one token.")
+    word: str = Field(default=" the", description="Repeated to fill the prompt; should be one token.")
 
 
-Task = Annotated[DemoTask | FileTask | ReadyTask | SyntheticTask, Field(discriminator="type")]
+Task = Annotated[DemoTask | FileTask | PresetTask | SyntheticTask, Field(discriminator="type")]
 
 
-# ---- Arms: how it is decoded
+# ---- Configs: how replies are decoded
 
 
 class ClientVote(Part):
-    """Self-consistency by the client: n requests with seeds of their own, the answer of most."""
+    """Self-consistency by the client: n requests with different seeds, and the most frequent answer."""
 
     n: int = Field(ge=2, le=1024)
-    answer: Answer | None = Field(default=None, description="How it is found; default: as the task's checker does.")
+    answer: Answer | None = Field(
+        default=None, description="How to find the answer; default: as the task's checker does."
+    )
 
 
-class Arm(Part):
-    """A way to decode: fields laid over every request."""
+class Config(Part):
+    """A decoding configuration: fields that override those of every request."""
 
     name: str = Field(min_length=1, max_length=60)
     body: dict[str, Any] = Field(default={}, description="Fields of the request; null removes one.")
     vote: ClientVote | None = None
     match_entropy_of: str | None = Field(
-        default=None, description="An arm; the temperature is found whose mean entropy equals that arm's."
+        default=None, description="Name of a config; the temperature with the same mean entropy is found and used."
     )
 
 
-# ---- Loads: how much of it at a time
+# ---- Loads: when questions are asked
 
 
 class Closed(Part):
-    """So many questions at a time, the next as one is answered."""
+    """A fixed number of questions in flight: the next is asked when one is answered."""
 
     type: Literal["closed"]
     concurrency: int = Field(ge=1, le=100_000)
 
     @property
     def label(self) -> str:
-        """Its name in results."""
+        """The load's name in results."""
         return f"closed {self.concurrency}"
 
 
 class Open(Part):
-    """Questions arrive by the clock, whether others are answered or not."""
+    """Questions are asked at a fixed mean rate, whether or not earlier ones are answered."""
 
     type: Literal["poisson", "constant"]
     rate: float = Field(gt=0, description="Questions per second.")
 
     @property
     def label(self) -> str:
-        """Its name in results."""
+        """The load's name in results."""
         return f"{self.type} {self.rate:g}/s"
 
 
 class Sweep(Part):
-    """Closed loops, each `factor` times the one before, until answers per second grow by less than `gain`."""
+    """Closed loops, each with `factor` times the concurrency of the last, until answers/s grow by less than `gain`."""
 
     type: Literal["sweep"]
     start: int = Field(default=1, ge=1)
@@ -140,7 +148,7 @@ class Sweep(Part):
     gain: float = Field(default=0.05, ge=0)
 
     def levels(self) -> Iterator[Closed]:
-        """Its closed loops."""
+        """Yield the closed loops, by rising concurrency."""
         level = float(self.start)
         while round(level) <= self.most:
             yield Closed(type="closed", concurrency=round(level))
@@ -151,7 +159,7 @@ Load = Annotated[Closed | Open | Sweep, Field(discriminator="type")]
 
 
 class Slo(Part):
-    """What a good request keeps to, in milliseconds; goodput counts those."""
+    """The service-level objective, in milliseconds; goodput counts the questions that meet it."""
 
     ttft_ms: float | None = Field(default=None, gt=0)
     tpot_ms: float | None = Field(default=None, gt=0)
@@ -159,70 +167,78 @@ class Slo(Part):
 
 
 class Limits(Part):
-    """Beyond these, a stage is invalid or the run has failed."""
+    """Limits beyond which a stage is invalid, a request is given up or the run has failed."""
 
-    error_rate: float = Field(default=0.01, ge=0, le=1, description="Share of questions not answered.")
-    lag_ms: float = Field(default=50.0, gt=0, description="The generator's own p99 delay.")
-    stall_s: float = Field(default=60.0, gt=0, description="Seconds without a byte after which a request is given up.")
-    request_s: float = Field(default=600.0, gt=0, description="Seconds for one request.")
+    error_rate: float = Field(
+        default=0.01, ge=0, le=1, description="Share of questions not answered; above it the run has failed."
+    )
+    lag_ms: float = Field(
+        default=50.0, gt=0, description="The generator's p99 scheduling delay; above it a stage is invalid."
+    )
+    stall_s: float = Field(default=60.0, gt=0, description="A request is given up after this time without a byte.")
+    request_s: float = Field(default=600.0, gt=0, description="A request is given up after this time.")
 
 
 class Scenario(Part):
-    """One comparison."""
+    """The content of a scenario file: one comparison."""
 
     name: str
-    model: str | None = Field(default=None, description="Default: the first that the server lists.")
+    model: str | None = Field(default=None, description="Default: the first model that the server lists.")
     task: Task
     system: str | None = Field(default=None, description="A system message before every question.")
-    request: dict[str, Any] = Field(default={}, description="Fields that every arm's requests have.")
-    arms: tuple[Arm, ...] = Field(min_length=1)
-    references: tuple[str, ...] = Field(default=(), description="Arms all are compared with; default: the first.")
+    request: dict[str, Any] = Field(default={}, description="Fields of every request.")
+    configs: tuple[Config, ...] = Field(min_length=1, validation_alias="arms", serialization_alias="arms")
+    references: tuple[str, ...] = Field(
+        default=(), description="Configs that all are compared with; default: the first."
+    )
     loads: tuple[Load, ...] = Field(min_length=1)
     repetitions: int = Field(default=3, ge=1)
-    warmup: int = Field(default=8, ge=0, description="Questions before each stage that are not counted.")
+    warmup: int = Field(default=8, ge=0, description="Questions asked before each stage and not measured.")
     seed: int = 0
     stream: bool = True
     slo: Slo = Slo()
     limits: Limits = Limits()
-    price_per_hour: float | None = Field(default=None, gt=0, description="Of the machine that serves.")
+    price_per_hour: float | None = Field(default=None, gt=0, description="Price of the machine that serves.")
 
-    @field_validator("arms", mode="before")
+    @field_validator("configs", mode="before")
     @classmethod
-    def _named(cls, arms: object) -> object:
-        """Arms may be written as a mapping from their names."""
-        return [{"name": name, **(arm or {})} for name, arm in arms.items()] if isinstance(arms, dict) else arms
+    def _listed(cls, configs: object) -> object:
+        """Turn a mapping from names to configs into a list of configs."""
+        if not isinstance(configs, dict):
+            return configs
+        return [{"name": name, **(config or {})} for name, config in configs.items()]
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        names = [arm.name for arm in self.arms]
+        names = [config.name for config in self.configs]
         if len(set(names)) < len(names):
             raise ValueError(f"arms: names must differ; got {', '.join(names)}")
         for name in self.references:
             if name not in names:
-                raise ValueError(f"references: got {name!r}; arms are {', '.join(names)}")
-        for arm in self.arms:
-            other = arm.match_entropy_of
-            if other is not None and (other not in names or other == arm.name):
-                raise ValueError(f"arms.{arm.name}.match_entropy_of: got {other!r}; must be another arm")
-            if (arm.body.get("n") or 1) > 1:
-                raise ValueError(f"arms.{arm.name}.body.n: one reply per request; use `vote` or `strategy`")
+                raise ValueError(f"references: got {name!r}; must be one of {', '.join(names)}")
+        for config in self.configs:
+            other = config.match_entropy_of
+            if other is not None and (other not in names or other == config.name):
+                raise ValueError(f"arms.{config.name}.match_entropy_of: got {other!r}; must be another name in arms")
+            if (config.body.get("n") or 1) > 1:
+                raise ValueError(f"arms.{config.name}.body.n: one reply per request; use `vote` or `strategy`")
         return self
 
     @property
     def compared_with(self) -> tuple[str, ...]:
-        """The names of the arms that all are compared with."""
-        return self.references or (self.arms[0].name,)
+        """The names of the configs that all others are compared with."""
+        return self.references or (self.configs[0].name,)
 
-    def seeds(self, repetition: int, item: int) -> Iterator[int]:
-        """Of one question's requests: no two questions or repetitions share one, all arms do."""
-        return itertools.count(self.seed + (repetition * 1_000_003 + item) * SEED_STRIDE)
+    def seeds(self, repetition: int, question: int) -> Iterator[int]:
+        """Yield the seeds for one question's requests: the same for all configs, different for all else."""
+        return itertools.count(self.seed + (repetition * 1_000_003 + question) * SEED_STRIDE)
 
 
 def load(path: Path) -> Scenario:
-    """The scenario in a YAML file.
+    """Read a scenario from a YAML file.
 
     Raises:
-        ScenarioError: naming the field.
+        ScenarioError: if the file cannot be read or a field is wrong; names the field.
     """
     try:
         content = yaml.safe_load(path.read_text())

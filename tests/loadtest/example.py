@@ -1,10 +1,10 @@
-"""Results of a load test that never ran, for tests of what reads them."""
+"""A small scenario, and results of a load test that never ran, for tests of the modules that read results."""
 
 from typing import Any
 
 from loadtest.results import (
-    ArmResult,
     Comparison,
+    ConfigResult,
     Interval,
     Latency,
     Percentiles,
@@ -12,35 +12,49 @@ from loadtest.results import (
     Run,
     StageResult,
 )
+from loadtest.scenario import Scenario
+
+
+def scenario(**changes: Any) -> Scenario:
+    """Return a scenario of two configs, ten questions and two repetitions; `changes` replaces fields."""
+    settings: dict[str, Any] = {
+        "name": "s",
+        "task": {"type": "demo", "count": 10},
+        "arms": {"a": None, "b": {"body": {"temperature": 0.5}}},
+        "loads": [{"type": "closed", "concurrency": 4}],
+        "repetitions": 2,
+        "warmup": 3,
+    }
+    return Scenario.model_validate(settings | changes)
 
 
 def interval(value: float, spread: float = 0.02) -> Interval:
-    """`value` with a range of `spread` of it to both sides."""
+    """Return `value` with a range of plus and minus a share `spread` of it."""
     return Interval(value=value, low=value * (1 - spread), high=value * (1 + spread))
 
 
 def percentiles(p50: float) -> Percentiles:
-    """With a p99 of twice the median."""
+    """Return percentiles around a median."""
     return Percentiles(count=100, mean=p50 * 1.1, p50=p50, p90=p50 * 1.5, p95=p50 * 1.7, p99=p50 * 2)
 
 
-def arm(name: str, rate: float, accuracy: float | None, load: str = "closed 8", **other: Any) -> ArmResult:
-    """An arm that answers `rate` questions per second, with 300 output tokens each; `other` replaces fields."""
-    right = None if accuracy is None else rate * accuracy
+def config(name: str, rate: float, accuracy: float | None, load: str = "closed 8", **other: Any) -> ConfigResult:
+    """Return a config with `rate` answers per second, 300 output tokens each; `other` replaces fields."""
+    correct = None if accuracy is None else rate * accuracy
     fields: dict[str, Any] = {
-        "arm": name,
+        "config": name,
         "load": load,
-        "offered": float(load.split()[-1]),
+        "target_load": float(load.split()[-1]),
         "repetitions": 3,
         "answers_per_second": interval(rate),
-        "correct_per_second": right and interval(right),
+        "correct_per_second": correct and interval(correct),
         "requests_per_second": interval(rate),
         "output_tokens_per_second": interval(rate * 300),
         "delivered_tokens_per_second": interval(rate * 300),
         "goodput": None,
         "accuracy": accuracy and Interval(value=accuracy, low=accuracy - 0.03, high=accuracy + 0.03),
-        "tokens_per_correct": right and rate * 300 / right,
-        "seconds_per_correct": right and 1 / right,
+        "tokens_per_correct": correct and rate * 300 / correct,
+        "seconds_per_correct": correct and 1 / correct,
         "cost_per_million_tokens": None,
         "cost_per_correct": None,
         "ttft_p50": 0.05,
@@ -53,17 +67,17 @@ def arm(name: str, rate: float, accuracy: float | None, load: str = "closed 8", 
         "optimized_share": None,
         "entropies": [],
     }
-    return ArmResult(**fields | other)
+    return ConfigResult(**fields | other)
 
 
-def stage(of: ArmResult, repetition: int = 0, **other: Any) -> StageResult:
-    """A repetition of an arm; `other` replaces fields."""
+def stage(of: ConfigResult, repetition: int = 0, **other: Any) -> StageResult:
+    """Return a repetition of a config; `other` replaces fields."""
     fields: dict[str, Any] = {
-        **{name: getattr(of, name) for name in ("arm", "load", "offered", "entropy_before", "entropy_after")},
+        **{name: getattr(of, name) for name in ("config", "load", "target_load", "entropy_before", "entropy_after")},
         "open_loop": False,
         "repetition": repetition,
         "seconds": 10.0,
-        "items": 100,
+        "questions": 100,
         "ok": 100,
         "incomplete": 0,
         "failed": 0,
@@ -83,7 +97,7 @@ def stage(of: ArmResult, repetition: int = 0, **other: Any) -> StageResult:
             itl=None,
             e2e=None if of.e2e_p50 is None else percentiles(of.e2e_p50),
         ),
-        "lag_p99": 0.001,
+        "scheduling_delay_p99": 0.001,
         "accuracy": of.accuracy and of.accuracy.value,
         "optimized_share": of.optimized_share,
         "invalid": [],
@@ -92,15 +106,15 @@ def stage(of: ArmResult, repetition: int = 0, **other: Any) -> StageResult:
     return StageResult(**fields | other)
 
 
-def comparison(of: ArmResult, reference: ArmResult) -> Comparison:
-    """What the two arms' own figures say."""
+def comparison(of: ConfigResult, reference: ConfigResult) -> Comparison:
+    """Compare two configs by their own figures."""
     difference = None
     if of.accuracy and reference.accuracy:
         value = of.accuracy.value - reference.accuracy.value
         difference = Interval(value=value, low=value - 0.02, high=value + 0.02)
     return Comparison(
-        arm=of.arm,
-        reference=reference.arm,
+        config=of.config,
+        reference=reference.config,
         load=of.load,
         answers_per_second_ratio=interval(of.answers_per_second.value / reference.answers_per_second.value),
         tokens_ratio=1.0,
@@ -108,9 +122,9 @@ def comparison(of: ArmResult, reference: ArmResult) -> Comparison:
     )
 
 
-def results(*arms: ArmResult, **other: Any) -> Results:
-    """Of these arms, the first being the reference; `other` replaces fields."""
-    names = list(dict.fromkeys(one.arm for one in arms))
+def results(*configs: ConfigResult, **other: Any) -> Results:
+    """Return the results of these configs, the first being the reference; `other` replaces fields."""
+    names = list(dict.fromkeys(one.config for one in configs))
     fields: dict[str, Any] = {
         "name": "example",
         "run": Run(
@@ -130,10 +144,12 @@ def results(*arms: ArmResult, **other: Any) -> Results:
             "loads": [{"type": "closed", "concurrency": 8}],
         },
         "calibration": {},
-        "stages": [stage(one, repetition) for one in arms for repetition in range(3)],
-        "arms": list(arms),
+        "stages": [stage(one, repetition) for one in configs for repetition in range(3)],
+        "configs": list(configs),
         "comparisons": [
-            comparison(one, arms[0]) for one in arms if one.arm != arms[0].arm and one.load == arms[0].load
+            comparison(one, configs[0])
+            for one in configs
+            if one.config != configs[0].config and one.load == configs[0].load
         ],
         "failed": [],
     }
@@ -141,7 +157,7 @@ def results(*arms: ArmResult, **other: Any) -> Results:
 
 
 def many() -> Results:
-    """Fourteen arms as a run may have them, three of them under three loads, with entropies."""
+    """Return a realistic run: fourteen configs, three of them under three loads, with entropies."""
     tokens = {"sc 4": 4, "sc 8": 8, "sc 16": 16, "client vote 8": 8, "deepconf": 6, "refine": 3}
     table = {
         "greedy": (20.0, 0.52),
@@ -159,28 +175,28 @@ def many() -> Results:
         "deepconf": (3.5, 0.61),
         "refine": (6.0, 0.55),
     }
-    arms = []
+    configs = []
     for number, (name, (rate, accuracy)) in enumerate(table.items()):
-        spent = interval(rate * 300 * tokens.get(name, 1))
+        output_rate = interval(rate * 300 * tokens.get(name, 1))
         entropies = [abs((number * 7 + i * 13) % 50 / 40 + (i % 7) / 10) for i in range(200)] if number < 7 else []
         for load, factor in (("closed 1", 0.2), ("closed 4", 0.6), ("closed 8", 1.0))[
             0 if name in ("greedy", "em-inf logits", "sc 8") else 2 :
         ]:
-            arms.append(
-                arm(
+            configs.append(
+                config(
                     name,
                     rate * factor,
                     accuracy,
                     load,
-                    output_tokens_per_second=spent.model_copy(update={"value": spent.value * factor}),
+                    output_tokens_per_second=output_rate.model_copy(update={"value": output_rate.value * factor}),
                     entropies=entropies,
                 )
             )
     bodies = {name: {"strategy": {"type": "self_consistency"}} for name in ("sc 4", "sc 8", "sc 16")}
     listed = [{"name": name, "body": bodies.get(name, {}), "vote": None} for name in table]
     listed[list(table).index("client vote 8")]["vote"] = {"n": 8}
-    built = results(*arms)
-    last = [one for one in arms if one.load == "closed 8"]
+    built = results(*configs)
+    last = [one for one in configs if one.load == "closed 8"]
     return built.model_copy(
         update={
             "scenario": {**built.scenario, "arms": listed},

@@ -1,4 +1,4 @@
-"""The temperature of equal entropy, on a model whose logits are known."""
+"""The matched temperature, on a model with known logits."""
 
 import asyncio
 import math
@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from loadtest.calibrate import find_temperature, tempered_entropy
-from loadtest.records import Call
+from loadtest.measurements import MeasuredRequest
 from loadtest.scenario import ScenarioError
 
 RNG = random.Random(3)
@@ -22,28 +22,28 @@ def entropy(logits: list[float], temperature: float) -> float:
 
 
 def model(goal: float, **missing: bool) -> Any:
-    """A server: one token per reply, whose candidates are `LOGITS`; after EM-INF its mean entropy is `goal`."""
+    """Return a server: one token per reply, with candidates from `LOGITS`; after EM-INF its mean entropy is `goal`."""
 
-    async def ask(body: dict[str, Any]) -> Call:
-        call = Call(seed=body["seed"])
+    async def send(body: dict[str, Any]) -> MeasuredRequest:
+        measured = MeasuredRequest(seed=body["seed"])
         if body.get("em_inf") and "em_inf" not in missing:
             assert body["em_inf"]["stats"] == "summary"
-            call.em_inf = {"tokens": 1, "entropy_after": goal}
+            measured.em_inf = {"tokens": 1, "entropy_after": goal}
         if body.get("logprobs") and "logprobs" not in missing:
             row = LOGITS[body["seed"]]
             total = math.log(sum(map(math.exp, row)))
-            call.top_logprobs = [[value - total for value in row]]
+            measured.top_logprobs = [[value - total for value in row]]
         assert body["stream"] is False
-        return call
+        return measured
 
-    return ask
+    return send
 
 
 TARGET = [{"seed": i, "temperature": 1.0, "em_inf": {"threshold": 0.3}} for i in range(30)]
 BODIES = [{"seed": i} for i in range(30)]
 
 
-def test_the_entropy_of_a_temperature() -> None:
+def test_tempered_entropy_is_that_of_the_softmax_at_the_temperature() -> None:
     for row in LOGITS[:5]:
         for temperature in (0.05, 0.5, 1.0, 3.0):
             assert tempered_entropy(row, temperature) == pytest.approx(entropy(row, temperature), abs=1e-9)
@@ -51,7 +51,7 @@ def test_the_entropy_of_a_temperature() -> None:
 
 
 @pytest.mark.parametrize("temperature", [0.1, 0.35, 0.8, 1.5])
-def test_it_is_found(temperature: float) -> None:
+def test_the_matched_temperature_is_found(temperature: float) -> None:
     goal = sum(entropy(row, temperature) for row in LOGITS) / len(LOGITS)
     found = asyncio.run(find_temperature(model(goal), TARGET, BODIES, "matched"))
     assert found.temperature == pytest.approx(temperature, rel=0.03)
@@ -59,7 +59,7 @@ def test_it_is_found(temperature: float) -> None:
     assert found.target == pytest.approx(goal)
 
 
-def test_what_it_cannot_do_without() -> None:
+def test_errors_name_what_the_search_needs() -> None:
     with pytest.raises(ScenarioError, match=r"arms\.matched\.match_entropy_of: the server reports no entropies"):
         asyncio.run(find_temperature(model(0.1, em_inf=True), TARGET, BODIES, "matched"))
     with pytest.raises(ScenarioError, match="top_logprobs"):

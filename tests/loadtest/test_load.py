@@ -1,4 +1,4 @@
-"""When questions are asked."""
+"""Loads: when each question is asked, and how late."""
 
 import asyncio
 import itertools
@@ -7,29 +7,29 @@ import time
 import pytest
 
 from loadtest.load import arrivals, run_load
-from loadtest.records import Item
+from loadtest.measurements import MeasuredQuestion
 from loadtest.scenario import Closed, Open
 
 
-def test_a_closed_loop_asks_as_many_at_a_time_as_it_says_each_once() -> None:
+def test_a_closed_loop_asks_each_question_once_at_its_concurrency() -> None:
     asked: list[int] = []
-    running, most = 0, 0
+    running, max_running = 0, 0
 
-    async def ask(index: int, due: float) -> Item:
-        nonlocal running, most
+    async def ask(index: int, due: float) -> MeasuredQuestion:
+        nonlocal running, max_running
         asked.append(index)
         running += 1
-        most = max(most, running)
+        max_running = max(max_running, running)
         await asyncio.sleep(0.001 * (index % 3))
         running -= 1
-        return Item(index, due)
+        return MeasuredQuestion(index, due)
 
     asyncio.run(run_load(Closed(type="closed", concurrency=4), range(30), ask, time.monotonic(), 0))
     assert sorted(asked) == list(range(30))
-    assert most == 4
+    assert max_running == 4
 
 
-def test_arrivals_are_seeded_and_at_the_rate() -> None:
+def test_arrivals_are_reproducible_and_have_the_rate() -> None:
     constant = arrivals(Open(type="constant", rate=4), 5, seed=1)
     assert constant == [0, 0.25, 0.5, 0.75, 1.0]
     poisson = arrivals(Open(type="poisson", rate=50), 5001, seed=1)
@@ -43,28 +43,28 @@ def test_arrivals_are_seeded_and_at_the_rate() -> None:
     assert sum(gap < 0.01 for gap in gaps) / 5000 == pytest.approx(1 - 2.718281828**-0.5, abs=0.03)
 
 
-def test_an_open_loop_waits_for_no_answer() -> None:
+def test_an_open_loop_does_not_wait_for_answers() -> None:
     """Twenty questions of 0.3 s each, due within 0.2 s: one after another they would take 6 s."""
     dues: list[float] = []
 
-    async def ask(index: int, due: float) -> Item:
+    async def ask(index: int, due: float) -> MeasuredQuestion:
         dues.append(due)
         await asyncio.sleep(0.3)
-        return Item(index, due)
+        return MeasuredQuestion(index, due)
 
     began = time.monotonic()
-    lags = asyncio.run(run_load(Open(type="constant", rate=100), range(20), ask, began, 0))
+    delays = asyncio.run(run_load(Open(type="constant", rate=100), range(20), ask, began, 0))
     assert dues == pytest.approx([index / 100 for index in range(20)])
-    assert len(lags) == 20 and min(lags) >= 0
+    assert len(delays) == 20 and min(delays) >= 0
     assert time.monotonic() - began < 5
 
 
 @pytest.mark.parametrize("load", [Closed(type="closed", concurrency=2), Open(type="constant", rate=20)])
-def test_a_generator_that_is_late_says_so(load: Closed | Open) -> None:
-    async def ask(index: int, due: float) -> Item:
+def test_a_late_generator_reports_its_delay(load: Closed | Open) -> None:
+    async def ask(index: int, due: float) -> MeasuredQuestion:
         await asyncio.sleep(0)
-        time.sleep(0.2)  # what must not happen
-        return Item(index, due)
+        time.sleep(0.2)  # blocks the event loop
+        return MeasuredQuestion(index, due)
 
-    lags = asyncio.run(run_load(load, range(5), ask, time.monotonic(), 0))
-    assert max(lags) > 0.1
+    delays = asyncio.run(run_load(load, range(5), ask, time.monotonic(), 0))
+    assert max(delays) > 0.1

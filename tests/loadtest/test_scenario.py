@@ -1,4 +1,4 @@
-"""Scenario files: what may be written, and what is said of what may not."""
+"""Scenario files: what they may contain, and the errors for all else."""
 
 from pathlib import Path
 from typing import Any
@@ -22,10 +22,10 @@ def read(tmp_path: Path, changes: dict[str, Any]) -> Scenario:
     return load(path)
 
 
-def test_arms_may_be_a_mapping_or_a_list(tmp_path: Path) -> None:
+def test_configs_may_be_a_mapping_or_a_list(tmp_path: Path) -> None:
     scenario = read(tmp_path, {})
-    assert [arm.name for arm in scenario.arms] == ["greedy", "sc", "plain"]
-    assert read(tmp_path, {"arms": [arm.model_dump() for arm in scenario.arms]}) == scenario
+    assert [config.name for config in scenario.configs] == ["greedy", "sc", "plain"]
+    assert read(tmp_path, {"arms": [config.model_dump() for config in scenario.configs]}) == scenario
     assert scenario.compared_with == ("greedy",)
     assert read(tmp_path, {"references": ["sc", "plain"]}).compared_with == ("sc", "plain")
 
@@ -40,14 +40,14 @@ def test_arms_may_be_a_mapping_or_a_list(tmp_path: Path) -> None:
         ({"arms": {"a": {"body": {"n": 4}}}}, "arms.a.body.n: one reply per request"),
         ({"arms": [{"name": "a"}, {"name": "a"}]}, "names must differ"),
         ({"arms": {"a": {"match_entropy_of": "b"}}}, "arms.a.match_entropy_of: got 'b'"),
-        ({"references": ["b"]}, "references: got 'b'; arms are greedy, sc, plain"),
+        ({"references": ["b"]}, "references: got 'b'; must be one of greedy, sc, plain"),
         ({"task": {"type": "demos"}}, "task: "),
         ({"task": {"type": "file", "path": "x", "checker": "vibes"}}, "task.file.checker: got 'vibes'"),
         ({"loads": [{"type": "poisson", "rate": 0}]}, "loads.0.poisson.rate: got 0"),
         ({"price_per_hour": float("nan")}, "price_per_hour: "),
     ],
 )
-def test_what_is_wrong_is_named(tmp_path: Path, changes: dict[str, Any], says: str) -> None:
+def test_errors_name_the_field_and_the_file(tmp_path: Path, changes: dict[str, Any], says: str) -> None:
     with pytest.raises(ScenarioError) as caught:
         read(tmp_path, changes)
     assert says in str(caught.value)
@@ -55,7 +55,7 @@ def test_what_is_wrong_is_named(tmp_path: Path, changes: dict[str, Any], says: s
 
 
 @pytest.mark.parametrize("text", ["", "[1", "- 1", "a: b: c"])
-def test_a_file_that_is_no_scenario(tmp_path: Path, text: str) -> None:
+def test_a_file_that_is_no_scenario_is_an_error(tmp_path: Path, text: str) -> None:
     path = tmp_path / "x.yaml"
     path.write_text(text)
     with pytest.raises(ScenarioError, match=r"x\.yaml"):
@@ -64,13 +64,13 @@ def test_a_file_that_is_no_scenario(tmp_path: Path, text: str) -> None:
         load(tmp_path / "none.yaml")
 
 
-def test_seeds_are_the_same_for_all_arms_and_no_questions_or_repetitions_share_one(tmp_path: Path) -> None:
+def test_no_two_questions_or_repetitions_share_a_seed(tmp_path: Path) -> None:
     scenario = read(tmp_path, {})
     drawn = {}
     for repetition in range(3):
-        for item in range(400):
-            seeds = scenario.seeds(repetition, item)
-            drawn[repetition, item] = {next(seeds) for _ in range(64)}  # as many as a strategy has branches
+        for question in range(400):
+            seeds = scenario.seeds(repetition, question)
+            drawn[repetition, question] = {next(seeds) for _ in range(64)}  # as many as a strategy has branches
     everything = [seed for seeds in drawn.values() for seed in seeds]
     assert len(set(everything)) == len(everything)
     assert drawn[0, 1] == {next(seeds) + i for seeds in [scenario.seeds(0, 1)] for i in range(1)} | {
@@ -78,7 +78,7 @@ def test_seeds_are_the_same_for_all_arms_and_no_questions_or_repetitions_share_o
     }
 
 
-def test_the_levels_of_a_sweep() -> None:
+def test_a_sweep_multiplies_the_concurrency_up_to_the_most() -> None:
     sweep = Sweep(type="sweep", start=1, factor=1.5, most=12)
     assert [level.concurrency for level in sweep.levels()] == [1, 2, 3, 4, 7, 10]
     assert [level.concurrency for level in Sweep(type="sweep", most=8).levels()] == [1, 2, 4, 8]

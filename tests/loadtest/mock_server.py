@@ -1,4 +1,4 @@
-"""The mock server, in a thread of the test's process, so that a test sees what it has received."""
+"""The mock server in a thread of the test's process, so that a test can see what it received."""
 
 import contextlib
 import socket
@@ -15,7 +15,7 @@ from loadtest.mock import Mock, Script
 
 @dataclass
 class Served:
-    """A running mock."""
+    """A running mock server."""
 
     mock: Mock
     url: str
@@ -23,7 +23,7 @@ class Served:
 
 @contextlib.contextmanager
 def serve(**script: Any) -> Iterator[Served]:
-    """Until the block ends."""
+    """Serve a `Script` until the block ends."""
     mock = Mock(Script(**script))
     listener = socket.socket()
     listener.bind(("127.0.0.1", 0))

@@ -1,4 +1,4 @@
-"""Where, when and with what a run was made."""
+"""Describes where a run was made: the machine, the software, the server."""
 
 import os
 import platform
@@ -13,7 +13,7 @@ LIBRARIES = ("em-inf-server", "httpx", "math-verify", "openai", "vllm", "vllm-cp
 
 
 def machine() -> dict[str, str]:
-    """Of the load generator; the server's may be another."""
+    """Describe the load generator's machine; the server may run on another."""
     return {
         "processor": _processor(),
         "cores": str(len(os.sched_getaffinity(0))),
@@ -24,7 +24,7 @@ def machine() -> dict[str, str]:
 
 
 def versions() -> dict[str, str]:
-    """Of this tool and what it is made of, as installed here."""
+    """Return the installed versions of this tool and the libraries that its figures depend on."""
     found = {}
     for name in LIBRARIES:
         try:
@@ -35,31 +35,32 @@ def versions() -> dict[str, str]:
 
 
 def git_commit() -> str | None:
-    """Of this tool's checkout, with a mark where files are changed; None where there is none."""
-    here = Path(__file__).parent
+    """Return the commit of this tool's checkout, with "-dirty" if files are changed; None without a checkout."""
+    folder = str(Path(__file__).parent)
     try:
-        command = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+        command = ["git", "-C", folder, "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None
 
 
 async def server(client: Client, flags: str | None) -> dict[str, Any]:
-    """What the server says of itself, and the flags that it was given, if the user says them."""
-    said: dict[str, Any] = {"flags": flags} if flags else {}
+    """Return what the server reports about itself, and the flags it was started with, if the user states them."""
+    found: dict[str, Any] = {"flags": flags} if flags else {}
     for name, path in (("version", "/version"), ("models", "/v1/models"), ("em_inf", "/v1/em_inf")):
         response = await client.get(path)
         if response is not None:
-            said[name] = response.json()
-    if "models" in said:  # the rest are paths and permissions
+            found[name] = response.json()
+    if "models" in found:  # other fields are paths and permissions
         wanted = ("id", "max_model_len")
-        said["models"] = [{key: model[key] for key in wanted if key in model} for model in said["models"]["data"]]
-    if "em_inf" in said:
-        said["em_inf"] = {key: said["em_inf"].get(key) for key in ("available", "default", "versions")}
-    return said
+        found["models"] = [{key: model[key] for key in wanted if key in model} for model in found["models"]["data"]]
+    if "em_inf" in found:
+        found["em_inf"] = {key: found["em_inf"].get(key) for key in ("available", "default", "versions")}
+    return found
 
 
 def _processor() -> str:
+    """Return the CPU's name; py-cpuinfo would be a new dependency for this one line."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
