@@ -34,7 +34,7 @@ FROM ${PYTHON_IMAGE} AS cpu
 COPY scripts/image-system.sh /usr/local/sbin/
 RUN ["image-system.sh", "libnuma1"]
 COPY --from=cpu-build /opt/em /opt/em
-# This image has no compiler: vLLM needs both variables to run as plain Python what torch would otherwise compile.
+# This image has no compiler. With both variables, vLLM runs as plain Python what torch would otherwise compile.
 ENV PATH=/opt/em/bin:$PATH TORCHDYNAMO_DISABLE=1 VLLM_USE_AOT_COMPILE=0
 ENV PYTHONUNBUFFERED=1 HOME=/home/em HF_HOME=/models VLLM_NO_USAGE_STATS=1 DO_NOT_TRACK=1
 ARG VERSION=unknown

@@ -37,6 +37,7 @@ def test_promtool_accepts_the_rules() -> None:
     promtool("check", "rules", "--lint=all", "--lint-fatal", MONITORING / "rules.yaml")
 
 
+@pytest.mark.slow  # promtool evaluates all rules over hours and days of samples: 12 and 5 s of CPU time
 @needs_promtool
 @pytest.mark.parametrize("file", TESTS, ids=lambda file: file.name)
 def test_alerts_fire_when_they_should_and_only_then(file: Path) -> None:
