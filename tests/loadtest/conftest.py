@@ -1,9 +1,9 @@
 """Keeps the objects of other tests out of the garbage collections that every load makes (loadtest/load.py).
 
-Before each load, `gc.collect` scans every object of the process. Once other tests have imported torch and vLLM these
-are millions, and a scan takes a second or more: the load tests' many short loads would spend most of their time in it.
-So all objects that exist now are frozen, which means that the collector ignores them, and stay frozen:
-`run_load` calls `gc.unfreeze` after a load, which would release them again.
+Before each load, `gc.collect` scans every object of the process. Once other tests have imported torch and vLLM that is
+slow, and the many short loads of these tests would spend most of their time in it. So all objects that exist at the
+start are frozen: the collector ignores them. They must stay frozen, but `run_load` calls `gc.unfreeze` after its load,
+which is therefore disabled.
 """
 
 import gc
