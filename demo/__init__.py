@@ -1,6 +1,6 @@
-"""A 1.6M-parameter arithmetic model that ships with the package, its problems and its training script.
+"""An arithmetic model of 1.6 million parameters that ships with the package, its problems and its training script.
 
-Importing this package loads nothing heavy: `MODEL_PATH` is all a server needs.
+The import needs neither torch nor transformers: a server uses `MODEL_PATH` alone.
 """
 
 from pathlib import Path

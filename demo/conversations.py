@@ -1,6 +1,6 @@
-"""Puts problems into the words and turns of a chat: the distribution the demo model is trained on.
+"""Problems as chat conversations: the distribution on which the demo model is trained.
 
-Most conversations are the bare chain; the rest teach the model to look past what surrounds it.
+Most conversations ask the bare chain; the others add instructions, wordings and more turns around it.
 """
 
 import random
@@ -17,9 +17,9 @@ class Turn(NamedTuple):
     text: str
 
 
-PLAIN_SHARE: Final = 0.8
-# Sums are worked from either end, so that samples of one question differ in more than their slips and a vote
-# over them can tell more than one greedy reply.
+BARE_SHARE: Final = 0.8
+# Some sums are worked from the right, so that correct samples of one question differ too, and a vote over samples can
+# beat one greedy reply.
 RIGHT_SHARE: Final = 0.4
 WORDINGS: Final = (
     "What is {}?",
@@ -42,23 +42,24 @@ SECOND_LOOKS: Final = ("Check your answer.", "Are you sure?", "Please try again.
 
 
 def training_stream(seed: int) -> Iterator[list[Turn]]:
-    """Endless conversations about problems of the training split; each ends with the assistant's turn."""
+    """Yield conversations about problems of the training split, without end; each ends with the assistant's turn."""
     rng = random.Random(seed)
-    drawn = stream("train", rng.getrandbits(32))
-    for problem in drawn:
-        if rng.random() < PLAIN_SHARE:
+    problems = stream("train", rng.getrandbits(32))
+    for problem in problems:
+        if rng.random() < BARE_SHARE:
             yield _exchange(rng, problem, problem.question)
         else:
-            yield _dressed(rng, problem, drawn)
+            yield _varied(rng, problem, problems)
 
 
-def _dressed(rng: random.Random, problem: Problem, drawn: Iterator[Problem]) -> list[Turn]:
+def _varied(rng: random.Random, problem: Problem, problems: Iterator[Problem]) -> list[Turn]:
+    """Return a conversation about `problem` with any of: a system turn, other wordings, a second question."""
     turns: list[Turn] = []
     if rng.random() < 0.4:
         turns.append(Turn("system", rng.choice(INSTRUCTIONS)))
     turns += _exchange(rng, problem, _worded(rng, problem))
     if rng.random() < 0.2:
-        follow_up = next(drawn)
+        follow_up = next(problems)
         turns += _exchange(rng, follow_up, _worded(rng, follow_up))
     elif rng.random() < 0.1:
         turns += _exchange(rng, problem, rng.choice(SECOND_LOOKS))

@@ -1,6 +1,7 @@
-"""Measures the demo model on held-out problems: greedy, one sample at temperature 1, a vote of samples.
+"""The demo model's accuracy on held-out problems: greedy, sampled at temperature 1, and by a vote over samples.
 
-Plain transformers in the dtype of the weights, no server: the figures that serving has to match or beat.
+Plain transformers in the dtype of the weights, no server: the baseline for serving. The vote is independent of
+answers/vote.py on purpose, so that other code checks the server's.
 """
 
 import argparse
@@ -18,16 +19,16 @@ from demo.problems import Problem, check, extract_answer, problems
 
 SEED: Final = 250_515_134
 VOTES: Final = 16
-NEW_TOKENS: Final = 128
-THREADS: Final = 1  # the model is too small for two to help, and on a busy machine they stall each other
-ROWS: Final = 256  # sequences decoded side by side
+MAX_NEW_TOKENS: Final = 128
+THREADS: Final = 1  # the model is too small for two to help, and on a busy machine they wait for each other
+BATCH_SIZE: Final = 256  # sequences decoded side by side
 
 
 class Solver:
     """The model with its tokenizer: questions in, replies out."""
 
     def __init__(self, path: Path = MODEL_PATH) -> None:
-        """Loads the folder at `path` in the dtype of its weights; never asks the network."""
+        """Load the folder at `path` in the dtype of its weights, without network access."""
         self.tokenizer = cast(PreTrainedTokenizerFast, AutoTokenizer.from_pretrained(path, local_files_only=True))
         self.tokenizer.padding_side = "left"  # replies begin where the padded prompts end
         self.model = cast(
@@ -36,12 +37,12 @@ class Solver:
         )
 
     def replies(self, questions: Sequence[str], temperature: float) -> list[str]:
-        """One reply for each question; temperature 0 is greedy, above it torch's global seed decides."""
-        # Neighbours in length share a batch, so that few rows wait for the longest.
+        """Return one reply to each question; temperature 0 is greedy, otherwise torch's global random state samples."""
+        # Similar lengths share a batch: little padding.
         order = sorted(range(len(questions)), key=lambda index: len(questions[index]))
         found: dict[int, str] = {}
-        for start in range(0, len(order), ROWS):
-            chunk = order[start : start + ROWS]
+        for start in range(0, len(order), BATCH_SIZE):
+            chunk = order[start : start + BATCH_SIZE]
             found.update(zip(chunk, self._batch([questions[i] for i in chunk], temperature), strict=True))
         return [found[index] for index in range(len(questions))]
 
@@ -56,35 +57,35 @@ class Solver:
             return_dict=True,
         )
         inputs = cast(Mapping[str, torch.Tensor], encoded)
-        # top_k=0 and top_p=1: transformers would otherwise cut the distribution at 50 tokens.
-        how = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+        # top_k=0 and top_p=1: transformers would otherwise sample from the 50 likeliest tokens alone.
+        sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
         tokens = self.model.generate(  # type: ignore[operator]
-            **inputs, max_new_tokens=NEW_TOKENS, **(how if temperature > 0 else {"do_sample": False})
+            **inputs, max_new_tokens=MAX_NEW_TOKENS, **(sampling if temperature > 0 else {"do_sample": False})
         )
         replies = tokens[:, inputs["input_ids"].shape[1] :]  # [rows, new tokens]
         return self.tokenizer.batch_decode(replies, skip_special_tokens=True)
 
 
 def accuracy(asked: Sequence[Problem], replies: Sequence[str]) -> float:
-    """The share of replies that end in the right answer."""
+    """Return the share of replies that end in the right answer."""
     return sum(map(check, asked, replies)) / len(asked)
 
 
 def vote(replies: Sequence[str]) -> int | None:
-    """The most frequent answer; None when no reply has one. Ties go to the answer that came first."""
+    """Return the most frequent answer, at a tie the earlier one; None if no reply has an answer."""
     answers = [answer for reply in replies if (answer := extract_answer(reply)) is not None]
     return Counter(answers).most_common(1)[0][0] if answers else None
 
 
 def vote_accuracy(asked: Sequence[Problem], samples: Sequence[Sequence[str]]) -> float:
-    """The share of problems whose voted answer is right; samples[k][i] is reply k to problem i."""
+    """Return the share of problems whose voted answer is right; samples[k][i] is reply k to problem i."""
     ballots = zip(*samples, strict=True)
     right = sum(vote(ballot) == problem.answer for problem, ballot in zip(asked, ballots, strict=True))
     return right / len(asked)
 
 
 def report(solver: Solver, n: int, votes: int) -> str:
-    """A table of accuracies over `n` held-out problems."""
+    """Return a table of accuracies over `n` held-out problems."""
     asked = problems("held_out", n, SEED)
     questions = [problem.question for problem in asked]
     torch.manual_seed(SEED)
@@ -102,7 +103,7 @@ def report(solver: Solver, n: int, votes: int) -> str:
 
 
 def main() -> None:
-    """The command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", type=Path, default=MODEL_PATH)
     parser.add_argument("--n", type=int, default=500)

@@ -1,6 +1,7 @@
-"""Chains of integer arithmetic with their worked solutions, and the checker of a reply.
+"""Chains of integer arithmetic with their worked solutions, and a checker of replies.
 
-Knows nothing about tokens or models. The same (split, n, seed) gives the same problems everywhere.
+Knows nothing of tokens or models; (split, n, seed) determines the problems. The checker is independent of
+answers/extract.py on purpose, so that other code checks the server's.
 """
 
 import hashlib
@@ -15,7 +16,7 @@ Split = Literal["train", "held_out"]
 Route = Literal["left", "right"]
 
 OPERATOR_COUNTS: Final = (1, 2, 3, 4, 5, 6)
-# Held-out chains are the longest of those trained on: short ones leave a sampler next to nothing to win.
+# Held-out chains have the most operators: the model solves short ones so reliably that no sampler could gain.
 OPERATOR_COUNT_WEIGHTS: Final[dict[Split, tuple[int, ...]]] = {
     "train": (1, 2, 3, 4, 4, 4),
     "held_out": (0, 0, 0, 0, 0, 1),
@@ -23,7 +24,7 @@ OPERATOR_COUNT_WEIGHTS: Final[dict[Split, tuple[int, ...]]] = {
 OPERATORS: Final = "+-*"
 OPERATOR_WEIGHTS: Final = (3, 3, 2)
 OPERAND_DIGITS_WEIGHTS: Final = (2, 3)  # one digit, two digits
-LARGEST_VALUE: Final = 999  # of any intermediate result, either sign: what the model is taught to add
+LARGEST_VALUE: Final = 999  # absolute value of any intermediate result
 HELD_OUT_ONE_IN: Final = 8
 
 _TERM: Final = re.compile(r"([-+]?)([0-9*]+)")
@@ -33,7 +34,7 @@ _INTEGER: Final = re.compile(r"\s*([+-]?)\s*([0-9]{1,18})\s*")
 
 @dataclass(frozen=True)
 class Problem:
-    """One chain such as `12+7*3-4`, the reply a perfect model gives, and the integer it ends in."""
+    """A chain such as `12+7*3-4`, the complete worked reply, and the integer in which it ends."""
 
     question: str
     solution: str
@@ -41,27 +42,27 @@ class Problem:
 
 
 def problems(split: Split, n: int, seed: int) -> list[Problem]:
-    """The first `n` problems of `split` drawn under `seed`; a short chain may come up twice."""
+    """Return the first `n` problems of `split` for `seed`; a short chain may occur twice."""
     return list(islice(stream(split, seed), n))
 
 
 def stream(split: Split, seed: int) -> Iterator[Problem]:
-    """An endless supply of problems of one split."""
+    """Yield problems of one split, without end."""
     rng = random.Random(seed)
     while True:
-        problem = solve(_draw_question(rng, OPERATOR_COUNT_WEIGHTS[split]))
+        problem = solve(_random_question(rng, OPERATOR_COUNT_WEIGHTS[split]))
         if problem is not None and split_of(problem.question) == split:
             yield problem
 
 
 def split_of(question: str) -> Split:
-    """The split a question belongs to, whoever draws it: a property of its text alone."""
+    """Return the split of a question, which its text alone determines: no seed can put it into the other."""
     digest = hashlib.sha256("".join(question.split()).encode()).digest()
     return "held_out" if int.from_bytes(digest[:4], "big") % HELD_OUT_ONE_IN == 0 else "train"
 
 
 def solve(question: str, route: Route = "left") -> Problem | None:
-    """Work a chain through, products first, each from one end; None when a step leaves the range."""
+    """Return the worked problem, products first, each from the end `route`; None if a step exceeds LARGEST_VALUE."""
     groups = [(sign, [int(factor) for factor in product.split("*")]) for sign, product in _TERM.findall(question)]
     lines: list[str] = []
     for _, factors in groups if route == "left" else reversed(groups):
@@ -75,19 +76,19 @@ def solve(question: str, route: Route = "left") -> Problem | None:
 
 
 def check(problem: Problem, reply: str) -> bool:
-    """Whether the last `\\boxed{...}` of `reply` holds the answer; `+7`, ` 7 ` and `007` all mean 7."""
+    r"""Return whether the last `\boxed{...}` of `reply` holds the answer; `+7`, ` 7 ` and `007` all mean 7."""
     return extract_answer(reply) == problem.answer
 
 
 def extract_answer(reply: str) -> int | None:
-    """The integer in the last box; None when there is no box or it holds anything but one integer."""
+    """Return the integer in the last box; None if there is no box or it holds anything but one integer."""
     boxes = _BOX.findall(reply)
     integer = _INTEGER.fullmatch(boxes[-1]) if boxes else None
     return int(integer[1] + integer[2]) if integer else None
 
 
 def _fold(numbers: list[int], operator: Literal["*", "+"], route: Route, lines: list[str]) -> None:
-    """Replaces two neighbours at one end by their result, a line each time, until one number is left."""
+    """Replace the two numbers at one end by their result, one line each, until one number is left."""
     pair = slice(0, 2) if route == "left" else slice(-2, None)
     while len(numbers) > 1:
         left, right = numbers[pair]
@@ -96,14 +97,14 @@ def _fold(numbers: list[int], operator: Literal["*", "+"], route: Route, lines: 
         numbers[pair] = [value]
 
 
-def _draw_question(rng: random.Random, count_weights: tuple[int, ...]) -> str:
+def _random_question(rng: random.Random, count_weights: tuple[int, ...]) -> str:
     (count,) = rng.choices(OPERATOR_COUNTS, count_weights)
     operators = rng.choices(OPERATORS, OPERATOR_WEIGHTS, k=count)
-    first, *rest = (_draw_operand(rng) for _ in range(count + 1))
+    first, *rest = (_random_operand(rng) for _ in range(count + 1))
     return str(first) + "".join(f"{op}{operand}" for op, operand in zip(operators, rest, strict=True))
 
 
-def _draw_operand(rng: random.Random) -> int:
+def _random_operand(rng: random.Random) -> int:
     one_digit, two_digits = range(1, 10), range(10, 100)
     (choices,) = rng.choices((one_digit, two_digits), OPERAND_DIGITS_WEIGHTS)
     return rng.choice(choices)

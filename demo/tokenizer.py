@@ -1,6 +1,6 @@
-"""The demo model's tokenizer and chat template: one token a byte of UTF-8, so one a character of ASCII.
+"""The demo model's tokenizer and chat template: one token for each byte of UTF-8.
 
-Nothing is unknown to it and decoding gives the text back; `turn` is training's way to the same ids.
+Every text has tokens, and decoding restores it. Training encodes with `turn`, which gives the same ids.
 """
 
 from typing import Final
@@ -18,7 +18,7 @@ PAD_ID: Final = VOCABULARY[PAD]
 END_ID: Final = VOCABULARY[END]
 CONTEXT_LENGTH: Final = 1024
 
-# One token opens each turn and one closes it, so that a 1.6M-parameter model spends no depth on headers.
+# One token opens each turn and one closes it: a model of 1.6 million parameters should not have to learn long headers.
 CHAT_TEMPLATE: Final = """\
 {%- for message in messages -%}
 {%- if message['role'] not in ['system', 'developer', 'user', 'assistant'] -%}
@@ -42,10 +42,10 @@ CHAT_TEMPLATE: Final = """\
 
 
 def build_tokenizer() -> Qwen2Tokenizer:
-    """The tokenizer as it ships: byte-level BPE without merges.
+    """Return the tokenizer that ships: byte-level BPE without merges.
 
-    It has to be this class: for the model type `qwen2`, AutoTokenizer in transformers 5 ignores the class
-    that the folder names and rebuilds Qwen2Tokenizer on its vocabulary (models/auto/tokenization_auto.py).
+    It must be a Qwen2Tokenizer: for the model type `qwen2`, AutoTokenizer in transformers 5 ignores the class that the
+    folder names and builds Qwen2Tokenizer from its vocabulary (models/auto/tokenization_auto.py).
     """
     tokenizer = Qwen2Tokenizer(
         vocab=VOCABULARY,
@@ -62,12 +62,12 @@ def build_tokenizer() -> Qwen2Tokenizer:
 
 
 def turn(role: str, text: str) -> list[int]:
-    """Token ids of one turn, its opening and closing tokens included."""
+    """Return the token ids of one turn, including its opening and closing tokens."""
     return [VOCABULARY[f"<|{role}|>"], *(_BYTE_IDS[byte] for byte in text.encode()), END_ID]
 
 
 def _byte_ids() -> list[int]:
-    """The token of each byte value: bytes that print keep their character, the others follow from U+0100."""
+    """Return the token id of each byte value: printable bytes keep their character, the others count up from U+0100."""
     ids, moved = [], 0x100
     for byte in range(256):
         prints = 0x21 <= byte <= 0x7E or (0xA1 <= byte <= 0xFF and byte != 0xAD)

@@ -1,4 +1,4 @@
-"""EM-FT and EM-RL: entropy minimised in the weights, on a model's own unlabeled outputs (arXiv 2505.15134).
+"""EM-FT and EM-RL: minimise entropy in a model's weights, on the model's own unlabeled outputs (arXiv 2505.15134).
 
-`em-train sample | ft | rl`; what they write is what `em-serve` serves. Built on transformers' and TRL's trainers.
+`em-train sample | ft | rl`; `em-serve` serves the result. Built on the trainers of transformers and TRL.
 """

@@ -1,6 +1,6 @@
-"""`em-train`: sample a model's own outputs, and train it on them without a label.
+"""`em-train`: sample a model's own outputs, and train the model on them without labels.
 
-Exit status: 0 as it should be, 2 something wrong with what was asked, 1 something wrong with the machine.
+Exit status: 0 success, 1 a failure of the machine (disk), 2 a wrong setting or input, 130 interrupted.
 """
 
 import os
@@ -12,18 +12,18 @@ from em_train.settings import SampleSettings, TrainSettings, parse
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command."""
+    """Run the command line and return its exit status."""
     try:
         settings = parse(arguments)
         if isinstance(settings, SampleSettings):
             from em_train.sample import sample
 
-            told = sample(settings)
+            outcome = sample(settings)
         else:
             assert isinstance(settings, TrainSettings)
             from em_train.run import run
 
-            told = run(settings)
+            outcome = run(settings)
     except ModuleNotFoundError as error:
         print(f"em-train: {error.name} is not installed: pip install 'em-inf-server[train]'", file=sys.stderr)
         return 2
@@ -31,13 +31,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"em-train: {error}", file=sys.stderr)
         return 2
     except OSError as error:
-        print(f"em-train: {error}; what was written before is whole, --resume goes on from there", file=sys.stderr)
+        print(f"em-train: {error}; earlier checkpoints and outputs are intact, --resume continues", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("em-train: interrupted; --resume goes on from the last checkpoint", file=sys.stderr)
+        print("em-train: interrupted; --resume continues from the last checkpoint", file=sys.stderr)
         return 130
     if os.environ.get("RANK", "0") == "0":
-        print(f"em-train: {told}; {settings.out}")
+        print(f"em-train: {outcome}; {settings.out}")
     return 0
 
 

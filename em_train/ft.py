@@ -8,36 +8,36 @@ import torch
 from transformers import Trainer
 
 from em_train import outputs
-from em_train.probe import Guarded
+from em_train.evaluation import GuardedTrainerMixin
 from em_train.settings import FtSettings
 
 
-class EntropyTrainer(Guarded, Trainer):
-    """Rows of its dataset are {"prompt_ids": [...]}, with "output_ids" where the outputs are there already.
+class EntropyTrainer(GuardedTrainerMixin, Trainer):
+    """A trainer whose dataset has rows {"prompt_ids": [...]}, with "output_ids" unless outputs are sampled on-policy.
 
-    The loss is H(pi(.|prompt, y<t)), nats, averaged over all output tokens of an optimizer step, whatever process or
-    micro-batch they are in; with `kl_weight`, plus that much of KL(pi || base) on the same tokens, by the estimator
+    The loss is H(pi(.|prompt, y<t)), nats, averaged over all output tokens of an optimizer step, in all processes and
+    micro-batches; `kl_weight` adds that multiple of KL(pi || base) on the same tokens, by the estimator
     k3 = q/p - 1 - log(q/p), which is never negative.
     """
 
     def __init__(self, settings: FtSettings, base: Any = None, **kwargs: Any) -> None:
-        """`base`: frozen, for the KL where full weights are trained; under an adapter, the model without it."""
-        super().__init__(**kwargs, data_collator=self._collated)
+        """Take `base`, the frozen model of the KL, if full weights are trained; an adapter is disabled instead."""
+        super().__init__(**kwargs, data_collator=self._collate)
         self.settings = settings
         self.base = base
         self.model_accepts_loss_kwargs = True  # the loss is a mean over the tokens of all micro-batches
-        self._waiting: list[Any] = []
+        self._sampled: list[outputs.Batch] = []  # on-policy batches that no step has used yet
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> torch.Tensor:
-        """See the class; `inputs` is a Batch of em_train.outputs."""
+        """Return the loss of one micro-batch, an `outputs.Batch`; `num_items_in_batch` counts the step's tokens."""
         scored = model(**inputs, fused_lm_head=True)
         total: torch.Tensor = scored.entropy.sum()
         if self.settings.kl_weight:
-            gap = self._base_logprobs(model, inputs) - scored.log_probs  # both 0 where there is no output
-            total = total + self.settings.kl_weight * (gap.exp() - 1 - gap).sum()
-        # Gradients are averaged over the processes; the tokens are counted over all of them.
+            log_ratio = self._base_logprobs(model, inputs) - scored.log_probs  # log(q/p); 0 outside outputs
+            total = total + self.settings.kl_weight * (log_ratio.exp() - 1 - log_ratio).sum()
+        # Gradients are averaged over the processes, but tokens are counted over all of them.
         loss: torch.Tensor = total / num_items_in_batch * self.accelerator.num_processes
         return loss
 
@@ -49,26 +49,26 @@ class EntropyTrainer(Guarded, Trainer):
             return model(**inputs, fused_lm_head=True).log_probs
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: Any) -> tuple[list[Any], Any]:
-        """The micro-batches of the next step; on-policy, those of `fresh_every` steps are sampled at a time."""
-        if self.settings.fresh_every and not self._waiting:
-            asked = list(islice(epoch_iterator, num_batches * self.settings.fresh_every))
-            self._waiting = self._answered([batch["prompt_ids"] for batch in asked])
+        """Return the micro-batches of the next step; on-policy, outputs for `fresh_every` steps are sampled at once."""
+        if self.settings.fresh_every and not self._sampled:
+            batches = list(islice(epoch_iterator, num_batches * self.settings.fresh_every))
+            self._sampled = self._sample([batch["prompt_ids"] for batch in batches])
         if self.settings.fresh_every:
-            epoch_iterator = iter(self._waiting[:num_batches])
-            self._waiting = self._waiting[num_batches:]
+            epoch_iterator = iter(self._sampled[:num_batches])
+            self._sampled = self._sampled[num_batches:]
         return super().get_batch_samples(epoch_iterator, num_batches, device)
 
-    def _answered(self, batches: list[list[list[int]]]) -> list[outputs.Batch]:
+    def _sample(self, batches: list[list[list[int]]]) -> list[outputs.Batch]:
+        """Return the batches of prompts with an output to each prompt, sampled from the current model."""
         prompts = [prompt for batch in batches for prompt in batch]
-        pad, probe = self.processing_class.pad_token_id, self.probe
+        pad_id, plan = self.processing_class.pad_token_id, self.evaluation_plan
         with self.generating(f"step {self.state.global_step}") as model:
-            drawn = outputs.draw(model, prompts, pad, probe.ends, probe.max_tokens, probe.temperature, outputs.ROWS)
-        pairs = iter(zip(prompts, drawn, strict=True))
-        return [outputs.collate(list(islice(pairs, len(batch))), pad) for batch in batches]
+            sampled = outputs.generate(model, prompts, pad_id, plan.eos_ids, plan.max_tokens, plan.temperature)
+        pairs = iter(zip(prompts, sampled, strict=True))
+        return [outputs.collate(list(islice(pairs, len(batch))), pad_id) for batch in batches]
 
-    def _collated(self, rows: list[dict[str, list[int]]]) -> Any:
+    def _collate(self, rows: list[dict[str, list[int]]]) -> Any:
         if self.settings.fresh_every:
             return {"prompt_ids": [row["prompt_ids"] for row in rows]}
-        return outputs.collate(
-            [(row["prompt_ids"], row["output_ids"]) for row in rows], self.processing_class.pad_token_id
-        )
+        pairs = [(row["prompt_ids"], row["output_ids"]) for row in rows]
+        return outputs.collate(pairs, self.processing_class.pad_token_id)

@@ -1,24 +1,25 @@
-"""What a check of the model under training measures, and when it ends the training. Pure: no model, no files.
+"""Guards: rules that stop a training run before the model collapses. Pure functions: no model, no files.
 
-Entropy that is minimised for too long ends in short or repeated outputs. Each rule compares a check with the first one,
-which is that of the untrained model.
+Minimising entropy for too long ends in short or repetitive outputs. Each guard compares the latest evaluation with the
+first one, which is of the untrained model; the held-out score is compared with its best value.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-NGRAM = 8  # tokens
+NGRAM_TOKENS = 8
 
 
 @dataclass(frozen=True)
-class Check:
-    """Measured on outputs that the model has just drawn.
+class Evaluation:
+    """Measurements of the model at one step, on outputs generated at that step.
 
     Attributes:
         entropy: mean over all tokens, nats.
-        length: mean tokens an output.
-        repetition: mean share of an output's 8-grams that it has already had.
-        score, score_error: share of right answers to the held-out prompts (greedy), and its standard error.
+        length: mean output length, tokens.
+        repetition: mean over the outputs of `repetition`, 0 to 1.
+        score: share of right greedy answers to the held-out prompts; None without held-out prompts.
+        score_error: standard error of `score`.
     """
 
     entropy: float
@@ -30,7 +31,7 @@ class Check:
 
 @dataclass(frozen=True)
 class Limits:
-    """As em_train/settings.py describes them."""
+    """The guards' limits; em_train/settings.py describes each."""
 
     entropy_floor: float
     shortest: float
@@ -40,14 +41,14 @@ class Limits:
 
 
 def repetition(token_ids: Sequence[int]) -> float:
-    """Share of the 8-grams that came before in the same output; 0 for an output of fewer than 9 tokens."""
-    grams = [tuple(token_ids[i : i + NGRAM]) for i in range(len(token_ids) - NGRAM + 1)]
-    return 1 - len(set(grams)) / len(grams) if grams else 0.0
+    """Return the share of 8-grams that occurred earlier in the same output; 0 for fewer than 9 tokens."""
+    ngrams = [tuple(token_ids[i : i + NGRAM_TOKENS]) for i in range(len(token_ids) - NGRAM_TOKENS + 1)]
+    return 1 - len(set(ngrams)) / len(ngrams) if ngrams else 0.0
 
 
-def broken(checks: Sequence[Check], limits: Limits) -> str | None:
-    """Why training has to stop after the last of these checks, in words with the values; None: it may go on."""
-    first, last = checks[0], checks[-1]
+def violated_guard(evaluations: Sequence[Evaluation], limits: Limits) -> str | None:
+    """Return why training must stop after the last of these evaluations, in words; None if it may continue."""
+    first, last = evaluations[0], evaluations[-1]
     if last.entropy < limits.entropy_floor:
         return f"entropy {last.entropy:.4g} nats is below the floor of {limits.entropy_floor:g}"
     if last.length < limits.shortest * first.length:
@@ -55,9 +56,11 @@ def broken(checks: Sequence[Check], limits: Limits) -> str | None:
     if last.length > limits.longest * first.length:
         return f"outputs have grown from {first.length:.4g} tokens to {last.length:.4g}"
     if last.repetition > first.repetition + limits.repetition_rise:
-        return f"the share of repeated {NGRAM}-grams has risen from {first.repetition:.3f} to {last.repetition:.3f}"
+        return (
+            f"the share of repeated {NGRAM_TOKENS}-grams has risen from {first.repetition:.3f} to {last.repetition:.3f}"
+        )
     if last.score is not None:
-        best = max(check.score for check in checks if check.score is not None)
+        best = max(evaluation.score for evaluation in evaluations if evaluation.score is not None)
         if best - last.score > max(limits.score_drop, 2 * last.score_error):
             return f"the held-out score has fallen from {best:.3f} to {last.score:.3f}"
     return None

@@ -1,6 +1,6 @@
-"""Outputs of a model in this process: drawn, and scored with each token's entropy and log-probability.
+"""A model's outputs in this process: generated, collated, and scored with each token's entropy and log-probability.
 
-The vocabulary is never held for all tokens at once: TRL's fused language-model head goes over it in chunks.
+The logits of all tokens never exist at once: TRL's fused language-model head (em_train/model.py) works in chunks.
 """
 
 from collections.abc import Sequence
@@ -11,18 +11,19 @@ import torch
 
 from em_train.prompts import Prompt
 
-IGNORED = -100  # the label of a token that is no output
-ROWS = 64  # prompts decoded side by side
+IGNORED = -100  # the label of a token that is not part of an output
+GENERATION_BATCH_SIZE = 64  # prompts decoded side by side
 
 
 @dataclass(frozen=True)
 class Output:
-    """One answer to one prompt.
+    """One scored output.
 
     Attributes:
-        prompt_ids, token_ids: the prompt's tokens and the output's, an end token included.
+        prompt_ids: the prompt's tokens.
+        token_ids: the output's tokens, including the end token.
         entropies: of the model before each output token, nats.
-        logprobs: of each output token.
+        logprobs: of each output token, nats.
     """
 
     prompt_ids: list[int]
@@ -32,35 +33,38 @@ class Output:
 
     @property
     def entropy(self) -> float:
-        """Mean over the tokens, nats."""
+        """Mean over the output's tokens, nats."""
         return sum(self.entropies) / max(1, len(self.entropies))
 
 
-# input_ids, attention_mask and labels [rows, tokens], padded on the right; labels are -100 but for an output's tokens.
+# input_ids, attention_mask and labels, each [rows, tokens], padded on the right; labels are IGNORED outside outputs.
 Batch = dict[str, torch.Tensor]
 
 
-def encode(tokenizer: Any, prompt: Prompt, plain: bool = False) -> list[int]:
-    """Token ids of a prompt, up to where the output begins; text stays bare if `plain` or without a chat template."""
-    if isinstance(prompt.content, str) and (plain or not tokenizer.chat_template):
+def encode(tokenizer: Any, prompt: Prompt, no_chat_template: bool = False) -> list[int]:
+    """Return a prompt's token ids, up to where the output begins.
+
+    Text is encoded as it is if `no_chat_template` is set or the tokenizer has no template.
+    """
+    if isinstance(prompt.content, str) and (no_chat_template or not tokenizer.chat_template):
         return list(tokenizer(prompt.content)["input_ids"])
     encoded = tokenizer.apply_chat_template(prompt.messages, add_generation_prompt=True, return_dict=True)
     return list(encoded["input_ids"])
 
 
-def end_tokens(model: Any, tokenizer: Any) -> list[int]:
-    """The tokens that end an output: the tokenizer's, and those that the model's generation settings name."""
+def find_eos_ids(model: Any, tokenizer: Any) -> list[int]:
+    """Return the tokens that end an output: the tokenizer's and those in the model's generation config."""
     declared = model.generation_config.eos_token_id
     declared = [declared] if isinstance(declared, int) else declared or []
     return sorted({*declared, tokenizer.eos_token_id} - {None})
 
 
-def collate(pairs: Sequence[tuple[list[int], list[int]]], pad: int) -> Batch:
-    """Prompts with their outputs as a batch of `len(pairs)` rows."""
+def collate(pairs: Sequence[tuple[list[int], list[int]]], pad_id: int) -> Batch:
+    """Return (prompt, output) pairs of token ids as one batch of `len(pairs)` rows."""
     longest = max(len(prompt) + len(output) for prompt, output in pairs)
     shape = (len(pairs), longest)
     batch = {
-        "input_ids": torch.full(shape, pad),
+        "input_ids": torch.full(shape, pad_id),
         "attention_mask": torch.zeros(shape, dtype=torch.long),
         "labels": torch.full(shape, IGNORED),
     }
@@ -73,67 +77,65 @@ def collate(pairs: Sequence[tuple[list[int], list[int]]], pad: int) -> Batch:
 
 
 @torch.no_grad()
-def draw(
+def generate(
     model: Any,
     prompts: Sequence[list[int]],
-    pad: int,
-    ends: Sequence[int],
+    pad_id: int,
+    eos_ids: Sequence[int],
     max_tokens: int,
     temperature: float,
-    rows: int,
+    batch_size: int = GENERATION_BATCH_SIZE,
 ) -> list[list[int]]:
-    """One output for each prompt, by torch's global random state; temperature 0 is greedy.
+    """Return one output for each prompt, sampled with torch's global random state; temperature 0 is greedy.
 
     Args:
-        rows: prompts decoded side by side.
+        model: anything with `device` and the `generate` of transformers.
+        prompts: token ids.
+        pad_id: the padding token.
+        eos_ids: the tokens that end an output.
+        max_tokens: the longest output.
+        temperature: of the softmax.
+        batch_size: prompts decoded side by side.
     """
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # so that few rows wait for the longest
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # similar lengths: little padding
     found: dict[int, list[int]] = {}
-    how: dict[str, Any] = {"do_sample": temperature > 0}
+    sampling: dict[str, Any] = {"do_sample": temperature > 0}
     if temperature > 0:
-        how |= {"temperature": temperature, "top_k": 0, "top_p": 1.0}  # transformers would cut the distribution
-    for start in range(0, len(order), rows):
-        chosen = order[start : start + rows]
+        sampling |= {"temperature": temperature, "top_k": 0, "top_p": 1.0}  # transformers would truncate by default
+    for start in range(0, len(order), batch_size):
+        chosen = order[start : start + batch_size]
         longest = max(len(prompts[i]) for i in chosen)
-        ids = torch.tensor([[pad] * (longest - len(prompts[i])) + prompts[i] for i in chosen])
+        ids = torch.tensor([[pad_id] * (longest - len(prompts[i])) + prompts[i] for i in chosen])
         mask = torch.tensor([[0] * (longest - len(prompts[i])) + [1] * len(prompts[i]) for i in chosen])
         tokens = model.generate(
             input_ids=ids.to(model.device),
             attention_mask=mask.to(model.device),
             max_new_tokens=max_tokens,
-            pad_token_id=pad,
-            eos_token_id=list(ends),
-            **how,
+            pad_token_id=pad_id,
+            eos_token_id=list(eos_ids),
+            **sampling,
         )
-        found.update(zip(chosen, (_ended(row, ends) for row in tokens[:, longest:].tolist()), strict=True))
+        found.update(zip(chosen, (_until_end(row, eos_ids) for row in tokens[:, longest:].tolist()), strict=True))
     return [found[i] for i in range(len(prompts))]
 
 
-def _ended(tokens: list[int], ends: Sequence[int]) -> list[int]:
-    """Up to the first end token, which is kept."""
-    first = next((i for i, token in enumerate(tokens) if token in ends), len(tokens) - 1)
+def _until_end(tokens: list[int], eos_ids: Sequence[int]) -> list[int]:
+    """Return the tokens up to and including the first end token."""
+    first = next((i for i, token in enumerate(tokens) if token in eos_ids), len(tokens) - 1)
     return tokens[: first + 1]
 
 
 @torch.no_grad()
-def score(model: Any, pairs: Sequence[tuple[list[int], list[int]]], pad: int, rows: int) -> list[Output]:
-    """Prompts with their outputs, by a model with a fused head (`fuse`)."""
+def score(model: Any, pairs: Sequence[tuple[list[int], list[int]]], pad_id: int, batch_size: int) -> list[Output]:
+    """Return the entropies and log-probabilities of (prompt, output) pairs; `model` must have the fused head."""
     found = []
-    for start in range(0, len(pairs), rows):
-        some = pairs[start : start + rows]
-        batch = {name: tensor.to(model.device) for name, tensor in collate(some, pad).items()}
+    for start in range(0, len(pairs), batch_size):
+        chunk = pairs[start : start + batch_size]
+        batch = {name: tensor.to(model.device) for name, tensor in collate(chunk, pad_id).items()}
         scored = model(**batch, fused_lm_head=True)
-        kept = (batch["labels"][:, 1:] != IGNORED).cpu()
+        is_output = (batch["labels"][:, 1:] != IGNORED).cpu()
         entropies, logprobs = scored.entropy.float().cpu(), scored.log_probs.float().cpu()
-        for row, (prompt, output) in enumerate(some):
-            numbers = (each[row][kept[row]].tolist() for each in (entropies, logprobs))
-            found.append(Output(prompt, output, *numbers))
+        for row, (prompt, output) in enumerate(chunk):
+            values = (tensor[row][is_output[row]].tolist() for tensor in (entropies, logprobs))
+            found.append(Output(prompt, output, *values))
     return found
-
-
-def fuse(model: Any) -> None:
-    """Give a model TRL's fused head, before an adapter is put on: `model(**batch, fused_lm_head=True)` then returns
-    `entropy` and `log_probs`, [rows, tokens - 1], both differentiable, zero where the label is -100."""
-    from trl.trainer.utils import add_fused_lm_head
-
-    add_fused_lm_head(model, outputs=("log_probs", "entropy"))

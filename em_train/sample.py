@@ -1,6 +1,6 @@
-"""Phase 1, data with no label: a model's own outputs to prompts, one JSON object a line, from a server or this process.
+"""A model's own outputs to prompts, without labels, as a JSONL file: from a server or generated in this process.
 
-A run that was ended goes on where it was: what is in the file is not asked again, half a line at its end is dropped.
+An interrupted run is resumed: outputs in the file are not requested again, and an incomplete last line is dropped.
 """
 
 import asyncio
@@ -17,13 +17,17 @@ from tqdm import tqdm
 from em_train.prompts import InputError, Prompt, read_jsonl, read_prompts
 from em_train.settings import SampleSettings
 
-ATTEMPTS, PAUSE = 5, 0.5  # of a request that meets a busy or restarting server; seconds, doubled each time
-RETRIED = (408, 425, 429, 500, 502, 503, 504)
-Keep = Callable[[dict[str, Any]], None]
+MAX_ATTEMPTS = 5  # of a request, if the server is busy or restarting
+FIRST_RETRY_DELAY_S = 0.5  # doubled for each further attempt
+RETRIED_STATUSES = (408, 425, 429, 500, 502, 503, 504)
+REQUEST_TIMEOUT_S = 600
+SCORING_BATCH_SIZE = 8
+
+WriteRow = Callable[[dict[str, Any]], None]
 
 
-class Wanted(NamedTuple):
-    """One output to get: the `sample`-th for this prompt."""
+class SampleRequest(NamedTuple):
+    """One output to generate: number `sample` for this prompt."""
 
     prompt: Prompt
     sample: int
@@ -31,72 +35,77 @@ class Wanted(NamedTuple):
 
 
 def sample(settings: SampleSettings) -> str:
-    """Append every output that `settings.out` lacks; returns what was done, in words.
+    """Append every output that `settings.out` lacks; return the counts in words.
 
     Raises:
-        InputError: prompts, server or model are not as they have to be.
-        OSError: the file cannot be written.
+        InputError: if the prompts, the file, the server or the model cannot be used.
+        OSError: if the file cannot be written.
     """
     assert settings.prompts is not None
     prompts = read_prompts(settings.prompts, settings.prompt_column, settings.split, settings.limit)
-    done = _done(settings)
-    wanted = [
-        Wanted(prompt, number, _seed(settings.seed, prompt.key, number))
+    done = _read_done(settings)
+    requests = [
+        SampleRequest(prompt, number, _output_seed(settings.seed, prompt.key, number))
         for prompt in prompts
         for number in range(settings.samples)
         if (prompt.key, number) not in done
     ]
-    if wanted:
+    if requests:
         settings.out.parent.mkdir(parents=True, exist_ok=True)
-        with settings.out.open("a", encoding="utf-8") as file, tqdm(total=len(wanted), unit="output") as bar:
+        with settings.out.open("a", encoding="utf-8") as file, tqdm(total=len(requests), unit="output") as bar:
 
-            def keep(row: dict[str, Any]) -> None:
+            def write_row(row: dict[str, Any]) -> None:
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
                 file.flush()
                 bar.update()
 
             if settings.base_url:
-                asyncio.run(_from_server(settings, wanted, keep))
+                asyncio.run(_sample_from_server(settings, requests, write_row))
             else:
-                _in_process(settings, wanted, keep)
-    return f"{len(wanted)} outputs to {len(prompts)} prompts were written, {len(done)} were there"
+                _sample_in_process(settings, requests, write_row)
+    return f"{len(requests)} outputs to {len(prompts)} prompts were written, {len(done)} were there"
 
 
-def _row(settings: SampleSettings, wanted: Wanted, output: str, **more: Any) -> dict[str, Any]:
-    answer = {} if wanted.prompt.answer is None else {"answer": wanted.prompt.answer}
-    asked = {"prompt": wanted.prompt.content, "sample": wanted.sample} | answer
-    how = {"model": settings.model, "temperature": settings.temperature, "seed": wanted.seed}
-    return asked | {"output": output} | more | how
+def _row(settings: SampleSettings, request: SampleRequest, output: str, **details: Any) -> dict[str, Any]:
+    """Return a line of the file as a dict; the order of its fields is the file's."""
+    answer = {} if request.prompt.answer is None else {"answer": request.prompt.answer}
+    prompt = {"prompt": request.prompt.content, "sample": request.sample} | answer
+    origin = {"model": settings.model, "temperature": settings.temperature, "seed": request.seed}
+    return prompt | {"output": output} | details | origin
 
 
-def _seed(seed: int, key: str, number: int) -> int:
-    """Of one output: the same whatever else is asked, before or after a restart."""
+def _output_seed(seed: int, key: str, number: int) -> int:
+    """Return the seed of one output, 31 bits; it does not depend on the other outputs or on a restart."""
     return int.from_bytes(hashlib.sha256(f"{seed} {key} {number}".encode()).digest()[:4], "big") >> 1
 
 
-def _done(settings: SampleSettings) -> set[tuple[str, int]]:
-    """What the file has already."""
+def _read_done(settings: SampleSettings) -> set[tuple[str, int]]:
+    """Return (prompt key, sample number) of each output in the file.
+
+    Raises:
+        InputError: if the file is not one of `em-train sample`, or if its outputs were made with other settings.
+    """
     if not settings.out.is_file():
         return set()
-    _drop_half_a_line(settings.out)
+    _drop_incomplete_line(settings.out)
     done = set()
-    for where, row in read_jsonl(settings.out):
+    for place, row in read_jsonl(settings.out):
         try:
             done.add((Prompt(row["prompt"]).key, row["sample"]))
             model, temperature = row["model"], row["temperature"]
         except KeyError as error:
-            raise InputError(f"--out: {settings.out}: {where}: has no {error}; is no file of em-train sample") from None
-        for flag, there, asked in (
+            raise InputError(f"--out: {settings.out}: {place}: has no {error}; is no file of em-train sample") from None
+        for flag, in_file, wanted in (
             ("model", model, settings.model),
             ("temperature", temperature, settings.temperature),
         ):
-            if there != asked:
-                raise InputError(f"--{flag}: got {asked!r}; the outputs in {settings.out} are by {there!r}")
+            if in_file != wanted:
+                raise InputError(f"--{flag}: got {wanted!r}; the outputs in {settings.out} are by {in_file!r}")
     return done
 
 
-def _drop_half_a_line(path: Path) -> None:
-    """What a process that was killed while it wrote has left behind the last line's end."""
+def _drop_incomplete_line(path: Path) -> None:
+    """Remove a last line without a line feed, which a killed process leaves."""
     with path.open("rb+") as file:
         text = file.read()
         if text and not text.endswith(b"\n"):
@@ -106,98 +115,113 @@ def _drop_half_a_line(path: Path) -> None:
 # ---- From a server
 
 
-async def _from_server(settings: SampleSettings, wanted: Sequence[Wanted], keep: Keep) -> None:
-    """`concurrency` requests at a time, each kept as it comes."""
+async def _sample_from_server(settings: SampleSettings, requests: Sequence[SampleRequest], write_row: WriteRow) -> None:
+    """Keep `concurrency` HTTP requests in flight and write each output when it arrives."""
     assert settings.base_url is not None
     key = settings.api_key or os.environ.get("OPENAI_API_KEY")
     headers = {"Authorization": f"Bearer {key}"} if key else {}
-    left = iter(wanted)
-    async with httpx.AsyncClient(base_url=settings.base_url.rstrip("/") + "/", headers=headers, timeout=600) as client:
-        extra = await _extra(client, settings)
+    base_url = settings.base_url.rstrip("/") + "/"
+    queue = iter(requests)
+    async with httpx.AsyncClient(base_url=base_url, headers=headers, timeout=REQUEST_TIMEOUT_S) as client:
+        em_serve_fields = await _em_serve_fields(client, settings)
 
-        async def ask_on() -> None:
-            for each in left:
-                keep(await _one(client, settings, each, extra))
+        async def work() -> None:
+            for request in queue:
+                write_row(await _complete(client, settings, request, em_serve_fields))
 
-        await asyncio.gather(*(ask_on() for _ in range(min(settings.concurrency, len(wanted)))))
+        await asyncio.gather(*(work() for _ in range(min(settings.concurrency, len(requests)))))
 
 
-async def _extra(client: httpx.AsyncClient, settings: SampleSettings) -> dict[str, Any]:
-    """Fields that only em-serve knows; any other OpenAI-compatible server reports no entropies."""
+async def _em_serve_fields(client: httpx.AsyncClient, settings: SampleSettings) -> dict[str, Any]:
+    """Return the request fields that only em-serve knows; {} for any other server, which reports no entropies.
+
+    Raises:
+        InputError: if nothing answers.
+    """
     try:
-        known = (await client.get("em_inf")).status_code == 200
+        is_em_serve = (await client.get("em_inf")).status_code == 200
     except httpx.TransportError as error:
         raise InputError(f"--base-url: got {settings.base_url!r}; nothing answers there: {error}") from None
-    return {"em_inf": {"method": "none", "stats": "summary"}, "return_token_ids": True} if known else {}
+    return {"em_inf": {"method": "none", "stats": "summary"}, "return_token_ids": True} if is_em_serve else {}
 
 
-async def _one(
-    client: httpx.AsyncClient, settings: SampleSettings, wanted: Wanted, extra: dict[str, Any]
+async def _complete(
+    client: httpx.AsyncClient, settings: SampleSettings, request: SampleRequest, em_serve_fields: dict[str, Any]
 ) -> dict[str, Any]:
+    """Return the server's output as a row of the file."""
     limits = {"model": settings.model, "max_tokens": settings.max_tokens, "temperature": settings.temperature}
-    body: dict[str, Any] = limits | {"seed": wanted.seed} | extra
+    body: dict[str, Any] = limits | {"seed": request.seed} | em_serve_fields
     route = "completions" if settings.plain else "chat/completions"
-    body |= {"prompt": wanted.prompt.content} if settings.plain else {"messages": wanted.prompt.messages}
-    answer = await _post(client, settings, route, body)
-    choice = answer["choices"][0]
+    body |= {"prompt": request.prompt.content} if settings.plain else {"messages": request.prompt.messages}
+    response = await _post(client, settings, route, body)
+    choice = response["choices"][0]
     text = choice["text"] if settings.plain else choice["message"]["content"]
-    more = {"finish_reason": choice["finish_reason"], "tokens": answer["usage"]["completion_tokens"]}
+    details = {"finish_reason": choice["finish_reason"], "tokens": response["usage"]["completion_tokens"]}
     if choice.get("token_ids"):
-        more["token_ids"] = choice["token_ids"]
-    if answer.get("em_inf"):
-        more["entropy"] = answer["em_inf"][0]["entropy_before"]
-    return _row(settings, wanted, text or "", **more)
+        details["token_ids"] = choice["token_ids"]
+    if response.get("em_inf"):
+        details["entropy"] = response["em_inf"][0]["entropy_before"]
+    return _row(settings, request, text or "", **details)
 
 
 async def _post(
     client: httpx.AsyncClient, settings: SampleSettings, route: str, body: dict[str, Any]
 ) -> dict[str, Any]:
-    for attempt in range(ATTEMPTS):
-        last = attempt == ATTEMPTS - 1
+    """Return the response's JSON; retry while the server is busy or restarting.
+
+    Raises:
+        InputError: if the server refuses, in its own words, or does not answer.
+    """
+    for attempt in range(MAX_ATTEMPTS):
+        is_last = attempt == MAX_ATTEMPTS - 1
         try:
-            reply = await client.post(route, json=body)
+            response = await client.post(route, json=body)
         except httpx.TransportError as error:
-            if last:
+            if is_last:
                 raise InputError(f"--base-url: {settings.base_url} stopped answering: {error!r}") from None
         else:
-            if reply.status_code == 200:
-                answer: dict[str, Any] = reply.json()
-                return answer
-            if last or reply.status_code not in RETRIED:
-                raise InputError(f"--base-url: {settings.base_url} says {reply.status_code}: {_reason(reply)}")
-        await asyncio.sleep(PAUSE * 2**attempt)
+            if response.status_code == 200:
+                content: dict[str, Any] = response.json()
+                return content
+            if is_last or response.status_code not in RETRIED_STATUSES:
+                problem = f"says {response.status_code}: {_error_message(response)}"
+                raise InputError(f"--base-url: {settings.base_url} {problem}")
+        await asyncio.sleep(FIRST_RETRY_DELAY_S * 2**attempt)
     raise AssertionError("unreachable")
 
 
-def _reason(reply: httpx.Response) -> str:
+def _error_message(response: httpx.Response) -> str:
     try:
-        return str(reply.json()["error"]["message"])
+        return str(response.json()["error"]["message"])
     except (ValueError, KeyError, TypeError):
-        return reply.text[:200]
+        return response.text[:200]
 
 
 # ---- In this process
 
 
-def _in_process(settings: SampleSettings, wanted: Sequence[Wanted], keep: Keep) -> None:
+def _sample_in_process(settings: SampleSettings, requests: Sequence[SampleRequest], write_row: WriteRow) -> None:
+    """Generate `concurrency` outputs side by side; the outputs of one batch share the first one's seed."""
     import torch
 
     from em_train import outputs
-    from em_train.run import load
+    from em_train.model import add_fused_head, load
 
     tokenizer, model = load(settings)
     model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-    outputs.fuse(model)
-    pad, ends = tokenizer.pad_token_id, outputs.end_tokens(model, tokenizer)
-    for start in range(0, len(wanted), settings.concurrency):
-        some = wanted[start : start + settings.concurrency]
-        torch.manual_seed(some[0].seed)
-        prompts = [outputs.encode(tokenizer, each.prompt, settings.plain) for each in some]
-        drawn = outputs.draw(model, prompts, pad, ends, settings.max_tokens, settings.temperature, settings.concurrency)
-        for each, scored in zip(
-            some, outputs.score(model, list(zip(prompts, drawn, strict=True)), pad, 8), strict=True
-        ):
+    add_fused_head(model)
+    pad_id, eos_ids = tokenizer.pad_token_id, outputs.find_eos_ids(model, tokenizer)
+    for start in range(0, len(requests), settings.concurrency):
+        batch = requests[start : start + settings.concurrency]
+        torch.manual_seed(batch[0].seed)
+        prompts = [outputs.encode(tokenizer, request.prompt, settings.plain) for request in batch]
+        generated = outputs.generate(
+            model, prompts, pad_id, eos_ids, settings.max_tokens, settings.temperature, settings.concurrency
+        )
+        pairs = list(zip(prompts, generated, strict=True))
+        for request, scored in zip(batch, outputs.score(model, pairs, pad_id, SCORING_BATCH_SIZE), strict=True):
             ids = scored.token_ids
-            more = {"tokens": len(ids), "token_ids": ids, "entropy": scored.entropy}
-            reason = "stop" if ids[-1] in ends else "length"
-            keep(_row(settings, each, tokenizer.decode(ids, skip_special_tokens=True), finish_reason=reason, **more))
+            text = tokenizer.decode(ids, skip_special_tokens=True)
+            details = {"tokens": len(ids), "token_ids": ids, "entropy": scored.entropy}
+            finish_reason = "stop" if ids[-1] in eos_ids else "length"
+            write_row(_row(settings, request, text, finish_reason=finish_reason, **details))

@@ -4,7 +4,7 @@ import random
 import re
 from itertools import islice
 
-from demo.conversations import PLAIN_SHARE, RIGHT_SHARE, Turn, _dressed, training_stream
+from demo.conversations import BARE_SHARE, RIGHT_SHARE, Turn, _varied, training_stream
 from demo.problems import check, solve, split_of, stream
 
 CONVERSATIONS = list(islice(training_stream(seed=5), 4000))
@@ -36,7 +36,7 @@ def test_each_reply_answers_the_last_question_asked() -> None:
 
 def test_most_are_the_bare_chain_and_the_rest_vary() -> None:
     plain = [turns for turns in CONVERSATIONS if len(turns) == 2 and CHAIN.fullmatch(turns[0].text)]
-    assert PLAIN_SHARE - 0.05 < len(plain) / len(CONVERSATIONS) < PLAIN_SHARE + 0.1
+    assert BARE_SHARE - 0.05 < len(plain) / len(CONVERSATIONS) < BARE_SHARE + 0.1
     assert any(turns[0].role == "system" for turns in CONVERSATIONS)
     assert any(sum(turn.role == "user" for turn in turns) == 2 for turns in CONVERSATIONS)
 
@@ -65,7 +65,7 @@ def test_the_stream_is_seeded() -> None:
 
 def test_turns_alternate_after_the_system_message() -> None:
     drawn = stream("train", seed=2)
-    dressed = [_dressed(random.Random(seed), next(drawn), drawn) for seed in range(300)]
+    dressed = [_varied(random.Random(seed), next(drawn), drawn) for seed in range(300)]
     for turns in dressed:
         roles = [turn.role for turn in turns if turn != Turn("system", turns[0].text)]
         assert roles == ["user", "assistant"] * (len(roles) // 2)

@@ -10,9 +10,9 @@ import torch
 from demo.conversations import training_stream
 from demo.tokenizer import END_ID, PAD_ID, build_tokenizer
 from demo.train import (
-    BATCH,
+    BATCH_SIZE,
     IGNORED,
-    PEAK_RATE,
+    PEAK_LEARNING_RATE,
     WARMUP_STEPS,
     Batch,
     batches,
@@ -38,7 +38,10 @@ def test_a_target_is_the_next_token() -> None:
 def test_the_loss_falls_on_replies_and_their_end_alone() -> None:
     tokenizer = build_tokenizer()
     replies = {
-        turn.text for turns in islice(training_stream(seed=3), 70 * BATCH) for turn in turns if turn.role == "assistant"
+        turn.text
+        for turns in islice(training_stream(seed=3), 70 * BATCH_SIZE)
+        for turn in turns
+        if turn.role == "assistant"
     }
     for _, targets in BATCHES[:10]:
         for row in targets.tolist():
@@ -69,10 +72,10 @@ def test_padding_does_not_change_the_loss() -> None:
 
 def test_the_rate_rises_to_its_peak_and_falls_to_nearly_nothing() -> None:
     rates = [learning_rate(step, 1000) for step in range(1000)]
-    assert max(rates) == pytest.approx(PEAK_RATE)
+    assert max(rates) == pytest.approx(PEAK_LEARNING_RATE)
     assert rates[:WARMUP_STEPS] == sorted(rates[:WARMUP_STEPS])
     assert rates[WARMUP_STEPS:] == sorted(rates[WARMUP_STEPS:], reverse=True)
-    assert 0 < rates[-1] < 0.03 * PEAK_RATE
+    assert 0 < rates[-1] < 0.03 * PEAK_LEARNING_RATE
 
 
 def test_training_is_seeded_and_saves_what_a_server_needs(tmp_path: Path) -> None:

@@ -1,15 +1,15 @@
-"""When training has to stop, by numbers alone."""
+"""The guards, by numbers alone."""
 
 import pytest
 
-from em_train.guards import Check, Limits, broken, repetition
+from em_train.guards import Evaluation, Limits, repetition, violated_guard
 
 LIMITS = Limits(entropy_floor=0.01, shortest=0.5, longest=2.0, repetition_rise=0.2, score_drop=0.05)
-FIRST = Check(entropy=0.3, length=100, repetition=0.1, score=0.6, score_error=0.01)
+FIRST = Evaluation(entropy=0.3, length=100, repetition=0.1, score=0.6, score_error=0.01)
 
 
 @pytest.mark.parametrize(
-    ("changed", "told"),
+    ("changed", "expected"),
     [
         ({}, None),
         ({"entropy": 0.01, "length": 50, "repetition": 0.3, "score": 0.55}, None),
@@ -19,28 +19,28 @@ FIRST = Check(entropy=0.3, length=100, repetition=0.1, score=0.6, score_error=0.
         ({"length": 200.1}, "outputs have grown from 100 tokens to 200.1"),
         ({"repetition": 0.31}, "has risen from 0.100 to 0.310"),
         ({"score": 0.54}, "the held-out score has fallen from 0.600 to 0.540"),
-        ({"score": 0.54, "score_error": 0.04}, None),  # two standard errors are more than that
+        ({"score": 0.54, "score_error": 0.04}, None),  # two standard errors are larger
     ],
 )
-def test_each_rule_at_its_limit(changed: dict[str, float], told: str | None):
-    why = broken([FIRST, Check(**vars(FIRST) | changed)], LIMITS)
-    assert why is None if told is None else (why is not None and told in why)
+def test_each_guard_at_its_limit(changed: dict[str, float], expected: str | None):
+    reason = violated_guard([FIRST, Evaluation(**vars(FIRST) | changed)], LIMITS)
+    assert reason is None if expected is None else (reason is not None and expected in reason)
 
 
-def test_the_score_is_held_against_the_best_so_far_the_rest_against_the_first():
+def test_the_score_is_compared_with_the_best_so_far_the_rest_with_the_first():
     better, worse = (
-        Check(**vars(FIRST) | {"score": score, "length": length}) for score, length in ((0.8, 60), (0.7, 52))
+        Evaluation(**vars(FIRST) | {"score": score, "length": length}) for score, length in ((0.8, 60), (0.7, 52))
     )
-    assert broken([FIRST, better], LIMITS) is None
-    assert "fallen from 0.800 to 0.700" in str(broken([FIRST, better, worse], LIMITS))
+    assert violated_guard([FIRST, better], LIMITS) is None
+    assert "fallen from 0.800 to 0.700" in str(violated_guard([FIRST, better, worse], LIMITS))
 
 
-def test_without_a_score_there_is_no_rule_about_it():
-    bare = Check(0.3, 100, 0.1)
-    assert broken([bare, bare], LIMITS) is None
+def test_without_a_score_no_guard_looks_at_it():
+    unscored = Evaluation(0.3, 100, 0.1)
+    assert violated_guard([unscored, unscored], LIMITS) is None
 
 
-def test_repetition_is_the_share_of_8_grams_that_came_before():
+def test_repetition_is_the_share_of_8_grams_that_occurred_before():
     assert repetition([1, 2, 3]) == 0.0
     assert repetition(list(range(20))) == 0.0
     assert repetition([7] * 18) == pytest.approx(10 / 11)  # 11 grams, all the same

@@ -1,7 +1,7 @@
-"""Two processes by `accelerate launch`, over gloo: the losses of one process.
+"""Two processes by `accelerate launch`, over gloo: the losses are those of one process.
 
-accelerate gives FSDP and DeepSpeed to accelerators only, though both run on processors: `on_processors.py` tells it
-that these are accelerators. All else is as a user's: the configs that ship, the launcher, the command.
+accelerate allows FSDP and DeepSpeed on accelerators only, though both run on the CPU: `cpu_launch.py` makes it treat
+the CPU as one. Everything else is as for a user: the configs that ship, the launcher, the command.
 """
 
 import json
@@ -17,8 +17,9 @@ import torch
 from safetensors.torch import load_file
 
 from harness.ports import free_port
-from tests.em_train.support import SMALL, curve, ft, trained, write_outputs, write_prompts
+from tests.em_train.support import SMALL, curve, ft, train, write_outputs, write_prompts
 
+pytestmark = pytest.mark.slow
 HERE = Path(__file__).parent
 CONFIGS = HERE.parents[1] / "em_train" / "configs"
 
@@ -31,47 +32,47 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def alone(data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path]:
     out = tmp_path_factory.mktemp("alone") / "o"
-    return trained(ft(outputs=data, out=out, micro_batch_size=2, kl_weight=1)), out
+    return train(ft(outputs=data, out=out, micro_batch_size=2, kl_weight=1)), out
 
 
-def launched(config: str, command: str, **given: Any) -> dict[str, Any]:
-    """The card of a run by two processes."""
+def launch(config: str, command: str, **given: Any) -> dict[str, Any]:
+    """Train with two processes, and return the run's report."""
     if config == "deepspeed" and find_spec("deepspeed") is None:
         pytest.skip("deepspeed is not installed: DS_BUILD_OPS=0 pip install deepspeed")
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / f"{config}.yaml")]
-    launch += ["--num_processes", "2", "--main_process_port", str(free_port())]
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / f"{config}.yaml")]
+    launcher += ["--num_processes", "2", "--main_process_port", str(free_port())]
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in (SMALL | given).items()]
     done = subprocess.run(
-        [*launch, str(HERE / "on_processors.py"), command, *flags],
+        [*launcher, str(HERE / "cpu_launch.py"), command, *flags],
         env=os.environ | {"ACCELERATE_TORCH_DEVICE": "cpu", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-4000:]
-    card: dict[str, Any] = json.loads((given["out"] / "run.json").read_text())
-    assert card["processes"] == 2
-    assert f"{config}: " in done.stdout, "the processes did not share the model in this way"
-    return card
+    report: dict[str, Any] = json.loads((given["out"] / "run.json").read_text())
+    assert report["processes"] == 2
+    assert f"{config}: " in done.stdout, "the processes did not share the model by this library"
+    return report
 
 
 @pytest.mark.parametrize("config", ["fsdp", "deepspeed"])
 def test_two_processes_have_the_losses_of_one(
     config: str, data: Path, alone: tuple[dict[str, Any], Path], tmp_path: Path
 ):
-    """With the KL to the base model, of which every process has its part."""
-    card = launched(config, "ft", outputs=data, out=tmp_path / "o", micro_batch_size=2, kl_weight=1)
+    """Also for the KL to the base model, which is spread over the processes too."""
+    report = launch(config, "ft", outputs=data, out=tmp_path / "o", micro_batch_size=2, kl_weight=1)
     assert alone[0]["processes"] == 1
     for name in ("loss", "grad_norm"):
-        assert curve(card, name) == pytest.approx(curve(alone[0], name), rel=1e-5), name
+        assert curve(report, name) == pytest.approx(curve(alone[0], name), rel=1e-5), name
     ours, theirs = (load_file(out / "model.safetensors") for out in (tmp_path / "o", alone[1]))
     for name, tensor in theirs.items():
         torch.testing.assert_close(ours[name], tensor, rtol=0, atol=2e-5)  # a tenth of a step of Adam
 
 
 @pytest.mark.parametrize("config", ["fsdp", "deepspeed"])
-def test_the_base_model_of_rl_is_whole_in_two_processes(config: str, tmp_path: Path):
-    """Before the first step the KL to it is nothing, then little."""
+def test_the_base_model_of_rl_is_complete_in_two_processes(config: str, tmp_path: Path):
+    """The KL to it is 0 before the first step, and small after it."""
     prompts = write_prompts(tmp_path / "p.jsonl", 8)
-    first, second = curve(launched(config, "rl", prompts=prompts, out=tmp_path / "o"), "kl")
+    first, second = curve(launch(config, "rl", prompts=prompts, out=tmp_path / "o"), "kl")
     assert abs(first) < 1e-6 < abs(second) < 0.1  # an estimate, which may be below 0

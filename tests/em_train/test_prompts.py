@@ -1,4 +1,4 @@
-"""Prompts from files and datasets; what is malformed names its line."""
+"""Prompts from files and datasets; an error names the line."""
 
 import json
 from pathlib import Path
@@ -27,7 +27,7 @@ def test_a_dataset_folder_is_found(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "expected"),
     [
         ('{"prompt": "a"}\n{"prompt": ', "line 2: is no JSON"),
         ('{"prompt": "a"}\n[1]', "line 2: got [1]; must be a JSON object"),
@@ -40,15 +40,15 @@ def test_a_dataset_folder_is_found(tmp_path: Path):
         ("\udcff", "codec can't decode"),
     ],
 )
-def test_what_is_malformed_names_its_place(text: str, told: str, tmp_path: Path):
+def test_the_error_of_a_malformed_row_names_its_place(text: str, expected: str, tmp_path: Path):
     path = tmp_path / "p.jsonl"
     path.write_text(text, encoding="utf-8", errors="surrogateescape")
     with pytest.raises(InputError) as caught:
         read_prompts(str(path))
-    assert str(path) in str(caught.value) and told in str(caught.value)
+    assert str(path) in str(caught.value) and expected in str(caught.value)
 
 
-def test_no_such_file_is_told(monkeypatch: pytest.MonkeyPatch):
+def test_a_missing_file_is_named(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     with pytest.raises(InputError, match="--prompts: 'nowhere/at-all' is no file, and no dataset that loads"):

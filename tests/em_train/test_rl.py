@@ -1,4 +1,4 @@
-"""EM-RL: rewards and RLOO's advantages against cases worked out by hand."""
+"""EM-RL: rewards and RLOO's advantages against cases calculated by hand."""
 
 from pathlib import Path
 from typing import Any
@@ -8,7 +8,7 @@ import torch
 
 from em_train import rl as module
 from em_train.rl import ConfidenceTrainer, rewards
-from tests.em_train.support import curve, rl, trained, write_prompts
+from tests.em_train.support import curve, rl, train, write_prompts
 
 LOGPROBS = torch.tensor([[-1.0, -2.0, -3.0], [-0.5, -9.0, -9.0]])
 ENTROPIES = torch.tensor([[0.1, 0.2, 0.3], [0.4, 9.0, 9.0]])
@@ -24,12 +24,12 @@ ENTROPIES = torch.tensor([[0.1, 0.2, 0.3], [0.4, 9.0, 9.0]])
     ],
 )
 def test_rewards_by_hand(kind: Any, reduce: Any, wanted: list[float]):
-    """The second output has one token; what is behind it is padding."""
+    """The second output has one token; its other columns are padding."""
     assert rewards(kind, reduce, LOGPROBS, ENTROPIES, [3, 1]) == pytest.approx(wanted)
 
 
-class Seen:
-    """What RLOO makes of a generation, and what the reward was made of."""
+class Spy:
+    """Records what RLOO makes of each generation, and the rewards; can replace the rewards by `given`."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, given: list[float] | None = None) -> None:
         self.inputs: list[Any] = []
@@ -48,26 +48,28 @@ class Seen:
         monkeypatch.setattr(module, "rewards", rewarded)
 
 
-def test_the_advantage_is_over_the_other_outputs_to_the_same_prompt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_the_advantage_compares_with_the_other_outputs_to_the_same_prompt(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     given = [1.0, 2.0, 3.0, 6.0, 0.0, 0.0, 0.0, 4.0]
-    seen = Seen(monkeypatch, given)
-    trained(rl(prompts=str(write_prompts(tmp_path / "p", 4)), out=tmp_path / "o", beta=0.0))
+    spy = Spy(monkeypatch, given)
+    train(rl(prompts=str(write_prompts(tmp_path / "p", 4)), out=tmp_path / "o", beta=0.0))
     by_hand = [1 - 11 / 3, 2 - 10 / 3, 3 - 9 / 3, 6 - 6 / 3, -4 / 3, -4 / 3, -4 / 3, 4.0]
-    assert seen.inputs[0]["advantages"].tolist() == pytest.approx(by_hand)
+    assert spy.inputs[0]["advantages"].tolist() == pytest.approx(by_hand)
 
 
-@pytest.mark.parametrize("reward", ["token", "sequence"])
+@pytest.mark.parametrize("reward", ["token", pytest.param("sequence", marks=pytest.mark.slow)])
 def test_the_reward_is_the_policys_own_confidence(reward: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Recomputed from the untrained model's logits, in float64, for the first generation."""
     from transformers import AutoModelForCausalLM
 
-    seen = Seen(monkeypatch)
+    spy = Spy(monkeypatch)
     settings = rl(prompts=str(write_prompts(tmp_path / "p", 4)), out=tmp_path / "o", reward=reward, generations=2)
-    card = trained(settings)
-    batch = seen.inputs[0]
+    report = train(settings)
+    batch = spy.inputs[0]
     ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
     mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
-    model = AutoModelForCausalLM.from_pretrained(settings.model, dtype=torch.float64).eval()
+    model = AutoModelForCausalLM.from_pretrain(settings.model, dtype=torch.float64).eval()
     with torch.no_grad():
         logp = (
             model(input_ids=ids, attention_mask=mask)
@@ -77,20 +79,20 @@ def test_the_reward_is_the_policys_own_confidence(reward: str, tmp_path: Path, m
     chosen = logp.gather(-1, batch["completion_ids"].unsqueeze(-1)).squeeze(-1)
     values = (logp.exp() * logp).sum(-1) if reward == "token" else chosen
     wanted = (values * batch["completion_mask"]).sum(-1).tolist()
-    assert seen.rewards[0] == pytest.approx(wanted, abs=1e-3)
-    assert max(wanted) - min(wanted) > 0.1, "all the same would prove little"
-    assert curve(card, f"rewards/{reward}_sum/mean")[0] == pytest.approx(sum(wanted) / len(wanted), abs=1e-3)
+    assert spy.rewards[0] == pytest.approx(wanted, abs=1e-3)
+    assert max(wanted) - min(wanted) > 0.1, "equal rewards would prove little"
+    assert curve(report, f"rewards/{reward}_sum/mean")[0] == pytest.approx(sum(wanted) / len(wanted), abs=1e-3)
 
 
 def test_the_labelled_reference_rewards_right_answers(tmp_path: Path):
-    card = trained(rl(prompts=str(write_prompts(tmp_path / "p", 4)), out=tmp_path / "o", reward="correct"))
-    assert all(0 < share <= 1 for share in curve(card, "rewards/correct/mean"))
+    report = train(rl(prompts=str(write_prompts(tmp_path / "p", 4)), out=tmp_path / "o", reward="correct"))
+    assert all(0 < share <= 1 for share in curve(report, "rewards/correct/mean"))
 
 
-def test_an_adapter_is_trained_in_the_same_way(tmp_path: Path):
-    """Its KL is to the model without the adapter: none before the first step, some after it."""
+def test_the_kl_of_an_adapter_is_to_the_model_without_it(tmp_path: Path):
+    """The KL is 0 before the first step, and not after it."""
     settings = rl(prompts=str(write_prompts(tmp_path / "p", 4)), out=tmp_path / "o", lora_rank=4, learning_rate=1e-2)
-    card = trained(settings)
-    first, second = curve(card, "kl")
+    report = train(settings)
+    first, second = curve(report, "kl")
     assert first == 0 and abs(second) > 1e-6
     assert (settings.out / "adapter_model.safetensors").is_file()

@@ -1,4 +1,4 @@
-"""Flags: every one validated, errors that name flag, value and range."""
+"""Flags: all are validated; errors name flag, value and range."""
 
 import pytest
 
@@ -25,7 +25,7 @@ def test_flags_reach_their_fields():
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "expected"),
     [
         ([*FT, "--learning-rate", "0"], "--learning-rate: got '0'; input should be greater than 0"),
         ([*FT, "--learning-rate", "nan"], "--learning-rate: got 'nan'"),
@@ -42,7 +42,7 @@ def test_flags_reach_their_fields():
         (["sample", "--model", "m", "--out", "o"], "--prompts is missing"),
     ],
 )
-def test_what_cannot_be_names_flag_value_and_range(arguments: list[str], told: str):
+def test_the_error_of_a_wrong_value_names_flag_value_and_range(arguments: list[str], expected: str):
     with pytest.raises(InputError) as caught:
         parse(arguments)
-    assert told in str(caught.value)
+    assert expected in str(caught.value)

@@ -15,7 +15,7 @@ from em_train.model import add_fused_head
 from em_train.prompts import InputError, Prompt
 from em_train.sample import sample
 from em_train.settings import SampleSettings, validate
-from tests.em_train.support import ft, rl, trained, write_prompts
+from tests.em_train.support import ft, rl, train, write_prompts
 from tests.engine.launch import API_KEY, Server, serve
 
 pytestmark = pytest.mark.engine
@@ -71,8 +71,8 @@ def test_an_error_repeats_what_the_server_answered(
 def test_full_weights_and_an_adapter_on_them_are_served(prompts: Path, tmp_path: Path):
     """EM-FT on all weights, then EM-RL as an adapter on the result: one server serves both, with em_inf."""
     full, adapter = tmp_path / "full", tmp_path / "adapter"
-    trained(ft(prompts=str(prompts), out=full, fresh_every=1, learning_rate=1e-3))
-    trained(rl(model=str(full), prompts=str(prompts), out=adapter, lora_rank=8, learning_rate=1e-2))
+    train(ft(prompts=str(prompts), out=full, fresh_every=1, learning_rate=1e-3))
+    train(rl(model=str(full), prompts=str(prompts), out=adapter, lora_rank=8, learning_rate=1e-2))
     flags = (str(full), "--served-model-name", "full", "--enable-lora", "--lora-modules", f"em={adapter}")
     asked = [row["prompt"] for row in rows(prompts)]
     with serve(*flags) as server:

@@ -9,25 +9,25 @@ from accelerate.utils import DistributedType
 
 PartialState._prepare_backend = lambda *_, **__: ("gloo", DistributedType.MULTI_GPU)
 
-from em_train import run  # noqa: E402
+from em_train import trainers  # noqa: E402
 from em_train.cli import main  # noqa: E402
 
 if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
-    arguments = run._arguments
-    run._arguments = lambda settings: arguments(settings) | {"use_cpu": False}
+    arguments = trainers.training_arguments
+    trainers.training_arguments = lambda settings: arguments(settings) | {"use_cpu": False}
     PartialState()
 else:
     torch.distributed.init_process_group("gloo")
 
-made = run._trainer
+build = trainers.build_trainer
 
 
-def told(*given):
-    trainer = made(*given)
+def build_and_print(*arguments):
+    trainer = build(*arguments)
     how = "deepspeed" if trainer.is_deepspeed_enabled else "fsdp" if trainer.is_fsdp_enabled else "neither"
     print(f"{how}: {trainer.accelerator.distributed_type}")
     return trainer
 
 
-run._trainer = told
+trainers.build_trainer = build_and_print
 sys.exit(main())
