@@ -1,8 +1,9 @@
 """Entropy-minimising transforms of next-token logits (EM-INF, adaptive temperature) and their place in vLLM.
 
-Needs neither vLLM nor, until a transform is used, torch.
+Needs neither vLLM nor, until a transform is used, torch: what needs torch is imported when it is first asked for.
 """
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from em_sampler.params import AdaptiveTemperatureParams, EMInfParams, MeasureParams
@@ -14,15 +15,11 @@ if TYPE_CHECKING:
 
 __all__ = ["AdaptiveTemperatureParams", "EMInfParams", "MeasureParams", "ParamsError", "TransformOutput", "transform"]
 
+_LAZY = {"TransformOutput": "em_sampler.transforms.batch", "transform": "em_sampler.transforms.dispatch"}
+
 
 def __getattr__(name: str) -> Any:
-    """Import what needs torch when it is first used."""
-    if name == "transform":
-        from em_sampler.transforms.dispatch import transform
-
-        return transform
-    if name == "TransformOutput":
-        from em_sampler.transforms.batch import TransformOutput
-
-        return TransformOutput
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    """Import a name of `_LAZY` from its module."""
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_LAZY[name]), name)

@@ -8,13 +8,14 @@ from transformers import LogitsProcessor
 
 from em_sampler.params import Params
 from em_sampler.transforms.batch import TransformOutput
-from em_sampler.transforms.dispatch import ReusableTransform
+from em_sampler.transforms.dispatch import transform
 
 
 class EntropyMinimizer(LogitsProcessor):
-    """Applies one set of parameters to every row of a batch; greedy decoding gives the tokens it gave before.
+    """Applies the same params to every row of a batch. Greedy decoding keeps its tokens.
 
     Attributes:
+        params: the method and its settings.
         last: the entropies [rows] in nats and the steps [rows] of the latest token, None before the first.
     """
 
@@ -23,10 +24,9 @@ class EntropyMinimizer(LogitsProcessor):
     def __init__(self, params: Params) -> None:
         self.params = params
         self.last: TransformOutput | None = None
-        self._transform = ReusableTransform()
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        """New scores for `scores` [rows, vocab], in the same dtype; `scores` itself is left as it is."""
+        """Return new scores for `scores` [rows, vocab], in the same dtype. `scores` itself does not change."""
         logits = scores.to(torch.float32, copy=True)
-        self.last = self._transform(logits, [self.params] * len(logits))
+        self.last = transform(logits, [self.params] * len(logits))
         return logits.to(scores.dtype)  # type: ignore[return-value]

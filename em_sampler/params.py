@@ -1,4 +1,4 @@
-"""What a request may ask the sampler for: one frozen class per method, validated, with its defaults.
+"""The params of a request: one frozen, validated class per method, with its defaults.
 
 Knows nothing of tensors, vLLM or HTTP. Symbols and defaults: arXiv 2505.15134, section 4 and appendix A.
 """
@@ -25,6 +25,8 @@ Temperature = Annotated[float, Field(ge=MIN_TEMPERATURE, le=MAX_TEMPERATURE, all
 
 
 class _Params(BaseModel):
+    """What the params of all methods have in common."""
+
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
     stats: Literal["none", "summary", "tokens"] = Field(
@@ -33,7 +35,7 @@ class _Params(BaseModel):
 
 
 class EMInfParams(_Params):
-    """EM-INF: gradient steps on a token's logits until their entropy falls below `threshold`."""
+    """The params of EM-INF: gradient steps on a token's logits until their entropy falls below `threshold`."""
 
     method: Literal["em_inf"] = "em_inf"
     threshold: float = Field(
@@ -44,7 +46,7 @@ class EMInfParams(_Params):
         default=0.1, gt=0, le=MAX_LEARNING_RATE, description="Step size, in units of a logit under adam."
     )
     kl_weight: float = Field(
-        default=0.001, ge=0, le=MAX_KL_WEIGHT, description="Weight of KL(p0 || p), which holds p to the model."
+        default=0.001, ge=0, le=MAX_KL_WEIGHT, description="Weight of KL(p0 || p), which keeps p close to the model."
     )
     optimizer: Literal["adam", "sgd"] = Field(
         default="adam", description="adam: the released code. sgd: plain gradient steps, the paper's text."
@@ -52,7 +54,7 @@ class EMInfParams(_Params):
 
 
 class AdaptiveTemperatureParams(_Params):
-    """The paper's baseline: the largest temperature that brings a token's entropy down to a target."""
+    """The params of the paper's baseline: the largest temperature that brings a token's entropy down to a target."""
 
     method: Literal["adaptive_temperature"] = "adaptive_temperature"
     ratio: float = Field(
@@ -74,7 +76,7 @@ class AdaptiveTemperatureParams(_Params):
 
 
 class MeasureParams(_Params):
-    """Measure each token's entropy and change nothing: the baseline that other methods are held against."""
+    """The params of method "none": measure each token's entropy and change nothing, as a baseline for the others."""
 
     method: Literal["none"] = "none"
 
@@ -89,14 +91,14 @@ METHODS: dict[str, type[Params]] = {
 
 
 def parse_params(value: object, default: Params | None = None) -> Params | None:
-    """The parameters that `value` asks for, or None for "off".
+    """Return the params that `value` asks for, or None for "off".
 
     Args:
-        value: None or true (the default), false (off), a mapping of settings, or parameters as they are.
-        default: what None and true stand for; true without a default is plain EM-INF.
+        value: None or true (the default), false (off), a mapping of settings, or params, which are returned unchanged.
+        default: what None and true stand for; true without a default is EM-INF with its default settings.
 
     Raises:
-        ParamsError: naming the field, the value received and what is allowed.
+        ParamsError: if `value` cannot be used; it names the field, the value received and what is allowed.
     """
     if value is None:
         return default
@@ -112,10 +114,10 @@ def parse_params(value: object, default: Params | None = None) -> Params | None:
 
 
 def from_extra_args(extra_args: Mapping[str, Any] | None, default: Params | None = None) -> Params | None:
-    """The parameters in vLLM's `SamplingParams.extra_args`: `em_inf` as an object, or flat `em_inf_<name>` keys.
+    """Return the params in vLLM's `SamplingParams.extra_args`: `em_inf` as an object, or flat `em_inf_<name>` keys.
 
     Raises:
-        ParamsError: for settings that cannot be used, or both forms at once.
+        ParamsError: if a setting cannot be used, or both forms are given at once.
     """
     if not extra_args:
         return default
@@ -134,10 +136,10 @@ def from_extra_args(extra_args: Mapping[str, Any] | None, default: Params | None
 
 
 def with_step_limit(params: Params | None, max_steps: int) -> Params | None:
-    """`params` within a server's limit on steps: a default is lowered to it, a value asked for above it is refused.
+    """Return `params` within a server's limit on steps; a default above the limit is lowered to it.
 
     Raises:
-        ParamsError: where the request itself asks for more steps.
+        ParamsError: if the request itself asks for more steps.
     """
     if not isinstance(params, EMInfParams) or params.steps <= max_steps:
         return params
@@ -147,12 +149,13 @@ def with_step_limit(params: Params | None, max_steps: int) -> Params | None:
 
 
 def too_many_steps_error(params: EMInfParams, max_steps: int) -> ParamsError:
-    """The error for more steps than a server allows."""
+    """Make the error for more steps than a server allows."""
     problem = f"got {params.steps}; this server allows an integer from 0 up to {max_steps}"
     return ParamsError(f"{EXTRA_ARGS_KEY}.steps", problem)
 
 
 def _from_mapping(settings: Mapping[str, Any]) -> Params:
+    """Return the params of the method that `settings` names (without a name: EM-INF)."""
     method = settings.get("method", "em_inf")
     model = METHODS.get(method) if isinstance(method, str) else None
     if model is None:

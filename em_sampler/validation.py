@@ -1,6 +1,6 @@
-"""One clear line for a setting that cannot be used: its field, the value received and what is allowed.
+"""Validation errors in one line: the field, the value received and what is allowed.
 
-Knows pydantic models, nothing of any method; `em_sampler.params` and the server's strategies both use it.
+Knows pydantic models but no method; `em_sampler.params` and the server's strategies both use it.
 """
 
 from collections.abc import Mapping
@@ -12,7 +12,12 @@ AnyModel = TypeVar("AnyModel", bound=BaseModel)
 
 
 class ParamsError(ValueError):
-    """A setting that cannot be used. `field` is its dotted path, such as `em_inf.threshold`."""
+    """A setting that cannot be used.
+
+    Attributes:
+        field: its dotted path, such as `em_inf.threshold`.
+        problem: the rest of the message.
+    """
 
     def __init__(self, field: str, problem: str) -> None:
         super().__init__(f"{field}: {problem}")
@@ -21,23 +26,24 @@ class ParamsError(ValueError):
 
 
 def validate(model: type[AnyModel], settings: Mapping[str, Any], path: str) -> AnyModel:
-    """`settings` as the model has them.
+    """Validate `settings` against `model`.
 
     Raises:
-        ParamsError: for the first that cannot be used; its field begins with `path`.
+        ParamsError: if a setting cannot be used: the error of the first such setting. Its field begins with `path`.
     """
     try:
         return model.model_validate(dict(settings))
     except ValidationError as error:
-        raise _explained(model, error, path) from None
+        raise _to_params_error(model, error, path) from None
 
 
-def _explained(model: type[BaseModel], error: ValidationError, path: str) -> ParamsError:
+def _to_params_error(model: type[BaseModel], error: ValidationError, path: str) -> ParamsError:
+    """Make a `ParamsError` of the first of pydantic's errors."""
     first = error.errors(include_url=False)[0]
     *parents, name = first["loc"] or (None,)
     for parent in parents:
         inner = model.model_fields[str(parent)].annotation
-        assert isinstance(inner, type) and issubclass(inner, BaseModel)  # our models nest in no other way
+        assert isinstance(inner, type) and issubclass(inner, BaseModel)  # our models have no other kind of nesting
         model, path = inner, f"{path}.{parent}"
     if first["type"] == "value_error":  # a rule over several fields
         return ParamsError(f"{path}.{name}" if name else path, str(first["ctx"]["error"]))
@@ -48,9 +54,9 @@ def _explained(model: type[BaseModel], error: ValidationError, path: str) -> Par
 
 
 def allowed_values(model: type[BaseModel], name: str) -> str:
-    """What the field `name` may hold, in words: `a number from 0 up to 20`."""
+    """Say in words what the field `name` may hold, such as `a number from 0 up to 20`."""
     schema = model.model_json_schema()["properties"][name]
-    schema = {**schema, **schema.get("anyOf", [{}])[0]}  # the other is null
+    schema = {**schema, **schema.get("anyOf", [{}])[0]}  # of an optional field, the type that is not null
     if "enum" in schema:
         return "one of " + ", ".join(schema["enum"])
     if "const" in schema or "type" not in schema:
@@ -66,7 +72,7 @@ def allowed_values(model: type[BaseModel], name: str) -> str:
 
 
 def shorten(value: object, limit: int = 60) -> str:
-    """The value as the client wrote it, short enough for an error message."""
+    """Return the value as the client wrote it, short enough for an error message."""
     if isinstance(value, Mapping | list | tuple):
         return f"{'an object' if isinstance(value, Mapping) else 'a list'} of {len(value)} items"
     if isinstance(value, int) and value.bit_length() > 200:

@@ -71,7 +71,7 @@ class ReusableTransform:
     def __call__(self, logits: Tensor, params: Sequence[Params | None]) -> TransformOutput:
         """Transform `logits` [rows, vocab] float32 in place, row i by `params[i]`. The caller may keep the result."""
         packed = logits if _has_packed_rows(logits) else logits.contiguous()
-        with self._lock, torch.cuda.device_of(logits), torch.no_grad():
+        with self._lock, torch.cuda.device(logits.get_device()), torch.no_grad():  # -1: no GPU, so no change
             output = self._fitting(packed)(packed, BatchParams.of(params, logits.device))
             stats = output.stats.clone()  # the next call may overwrite the original
             if packed is not logits:

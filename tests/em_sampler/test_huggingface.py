@@ -1,4 +1,4 @@
-"""The `transformers` face, on the demo model and its real `generate`."""
+"""The logits processor for `transformers`, in `generate` of the demo model."""
 
 import os
 
@@ -43,8 +43,10 @@ def test_greedy_decoding_keeps_its_tokens(model, prompt) -> None:  # type: ignor
 
 
 def test_strong_minimisation_makes_sampling_greedy(model, prompt) -> None:  # type: ignore[no-untyped-def]
-    """At a high temperature plain sampling strays; it cannot once every entropy is next to nothing. This also shows
-    that the processor runs before the temperature: afterwards it would have nothing left to undo."""
+    """At a high temperature plain sampling leaves the greedy path; with entropies close to 0 it cannot.
+
+    This also shows that the processor runs before the temperature: after it, the temperature would have no effect left.
+    """
     batch = prompt.expand(8, -1)
     greedy = generate(model, prompt, do_sample=False).expand(8, -1)
     assert not torch.equal(generate(model, batch, do_sample=True, temperature=1.5)[:, : greedy.shape[1]], greedy)
@@ -57,7 +59,7 @@ def test_strong_minimisation_makes_sampling_greedy(model, prompt) -> None:  # ty
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("params", [EMInfParams(), AdaptiveTemperatureParams()])
-def test_scores_are_those_of_transform(params, dtype: torch.dtype) -> None:  # type: ignore[no-untyped-def]
+def test_scores_are_those_of_the_transform(params, dtype: torch.dtype) -> None:  # type: ignore[no-untyped-def]
     scores = (torch.randn(4, 300, generator=torch.Generator().manual_seed(1)) * 2).to(dtype)
     kept = scores.clone()
     processor = EntropyMinimizer(params)

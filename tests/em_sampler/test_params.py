@@ -1,4 +1,4 @@
-"""What may be asked for, in both forms, and what the errors say."""
+"""Which params can be requested, in both forms, and what the errors say."""
 
 import math
 from typing import Any
@@ -6,7 +6,14 @@ from typing import Any
 import pytest
 
 from em_sampler import AdaptiveTemperatureParams, EMInfParams, ParamsError
-from em_sampler.params import METHODS, MeasureParams, from_extra_args, parse_params, with_step_limit
+from em_sampler.params import (
+    METHODS,
+    RETURN_ADDRESS_KEY,
+    MeasureParams,
+    from_extra_args,
+    parse_params,
+    with_step_limit,
+)
 
 DEFAULT = EMInfParams(threshold=0.7, steps=9)
 
@@ -28,7 +35,7 @@ DEFAULT = EMInfParams(threshold=0.7, steps=9)
         (MeasureParams(), MeasureParams()),
     ],
 )
-def test_parse(value: object, params: object) -> None:
+def test_every_form_is_parsed(value: object, params: object) -> None:
     assert parse_params(value, DEFAULT) == params
 
 
@@ -39,14 +46,15 @@ def test_true_without_a_default_is_the_published_setting() -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_no_method_has_statistics_unless_asked(method: str) -> None:
-    params, asked = parse_params({"method": method}), parse_params({"method": method, "stats": "tokens"})
+def test_no_method_returns_stats_unless_they_are_requested(method: str) -> None:
+    params = parse_params({"method": method})
+    requested = parse_params({"method": method, "stats": "tokens"})
     assert params is not None and params.stats == "none"
-    assert asked is not None and asked.stats == "tokens" and asked != params
+    assert requested is not None and requested.stats == "tokens" and requested != params
 
 
 @pytest.mark.parametrize(
-    ("value", "field", "says"),
+    ("value", "field", "texts"),
     [
         ({"threshold": 20.5}, "em_inf.threshold", ["20.5", "from 0 up to 20"]),
         ({"threshold": -0.1}, "em_inf.threshold", ["-0.1", "from 0 up to 20"]),
@@ -81,14 +89,14 @@ def test_no_method_has_statistics_unless_asked(method: str) -> None:
         (1, "em_inf", ["1", "true or false"]),
     ],
 )
-def test_errors_name_the_field_the_value_and_the_range(value: Any, field: str, says: list[str]) -> None:
+def test_errors_name_the_field_the_value_and_the_range(value: Any, field: str, texts: list[str]) -> None:
     with pytest.raises(ParamsError) as caught:
         parse_params(value)
     message = str(caught.value)
     assert caught.value.field == field
     assert message.startswith(f"{field}: ")
     assert len(message) < 250
-    for text in says:
+    for text in texts:
         assert text in message
 
 
@@ -100,16 +108,16 @@ def test_errors_name_the_field_the_value_and_the_range(value: Any, field: str, s
         ({"other": 3}, DEFAULT),
         ({"em_inf": {"steps": 3}}, EMInfParams(steps=3)),
         ({"em_inf": True}, DEFAULT),
-        ({"em_inf": 1}, DEFAULT),  # what vLLM's vllm_xargs make of true
+        ({"em_inf": 1}, DEFAULT),  # what vLLM's vllm_xargs turns true into
         ({"em_inf": 0}, None),
         ({"em_inf_steps": 3, "em_inf_threshold": 0.5}, EMInfParams(steps=3, threshold=0.5)),
         ({"em_inf": 1, "em_inf_steps": 3}, EMInfParams(steps=3)),
         ({"em_inf_method": "adaptive_temperature"}, AdaptiveTemperatureParams()),
         ({"em_inf_method": "none", "em_inf_stats": "summary"}, MeasureParams(stats="summary")),
-        ({"em_inf": {"stats": "tokens"}, "em_return_address": [1]}, EMInfParams(stats="tokens")),  # not a setting
+        ({"em_inf": {"stats": "tokens"}, RETURN_ADDRESS_KEY: [1]}, EMInfParams(stats="tokens")),  # not a setting
     ],
 )
-def test_extra_args(extra_args: dict[str, Any] | None, params: object) -> None:
+def test_extra_args_are_read_in_both_forms(extra_args: dict[str, Any] | None, params: object) -> None:
     assert from_extra_args(extra_args, DEFAULT) == params
 
 
@@ -123,13 +131,13 @@ def test_extra_args(extra_args: dict[str, Any] | None, params: object) -> None:
         ({"em_inf": 2}, "em_inf"),
     ],
 )
-def test_extra_args_that_cannot_be_used(extra_args: dict[str, Any], field: str) -> None:
+def test_extra_args_that_cannot_be_used_are_refused(extra_args: dict[str, Any], field: str) -> None:
     with pytest.raises(ParamsError) as caught:
         from_extra_args(extra_args)
     assert caught.value.field == field
 
 
-def test_a_cap_lowers_defaults_and_refuses_requests() -> None:
+def test_a_step_limit_lowers_defaults_and_refuses_requests() -> None:
     assert with_step_limit(EMInfParams(threshold=0.5), 3) == EMInfParams(threshold=0.5, steps=3)
     assert with_step_limit(EMInfParams(steps=3), 3) == EMInfParams(steps=3)
     assert with_step_limit(AdaptiveTemperatureParams(), 0) == AdaptiveTemperatureParams()

@@ -1,4 +1,4 @@
-"""Oracle and batched form against 48 cases from an independent float64 autograd implementation."""
+"""The reference and all implementations against 48 cases from an independent float64 autograd implementation."""
 
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,7 @@ import torch
 
 from em_sampler import AdaptiveTemperatureParams, EMInfParams
 from em_sampler.transforms import reference
-from tests.em_sampler.transforms.support import FORMS, total_variation
+from tests.em_sampler.transforms.support import IMPLEMENTATIONS, total_variation
 
 GOLDEN = np.load(Path(__file__).with_name("golden.npz"))
 CASES = range(int(GOLDEN["n"]))
@@ -39,7 +39,7 @@ def adaptive_params(case: int) -> AdaptiveTemperatureParams:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_oracle(case: int) -> None:
+def test_the_reference_matches_the_golden_cases(case: int) -> None:
     logits, out = GOLDEN[f"{case}/logits"].astype(np.float64), GOLDEN[f"{case}/em_out"]
     z, steps = reference.em_inf(logits, em_params(case))
     finite = np.isfinite(out)
@@ -53,12 +53,12 @@ def test_oracle(case: int) -> None:
     )
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("case", CASES)
-def test_batched(case: int, form: str) -> None:
+def test_every_implementation_matches_the_golden_cases(case: int, implementation: str) -> None:
     row = torch.tensor(GOLDEN[f"{case}/logits"])
     logits = torch.stack([row, row, row])
-    result = FORMS[form](logits, [em_params(case), None, adaptive_params(case)])
+    result = IMPLEMENTATIONS[implementation](logits, [em_params(case), None, adaptive_params(case)])
 
     out = GOLDEN[f"{case}/em_out"]
     z = logits[0].double().numpy()

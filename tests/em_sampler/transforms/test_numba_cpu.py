@@ -1,6 +1,5 @@
-"""What only the counting form can get wrong: its compilation, its threads, what it leaves behind, when it counts."""
+"""What only the Numba transform can get wrong: compilation, threads, what a row leaves behind, when it counts."""
 
-import threading
 from pathlib import Path
 
 import pytest
@@ -8,7 +7,7 @@ import torch
 
 from em_sampler import AdaptiveTemperatureParams, EMInfParams
 from em_sampler.params import Params
-from em_sampler.transforms import numba_cpu, torch_threads
+from em_sampler.transforms import numba_cpu
 from em_sampler.transforms.batch import BatchParams
 from em_sampler.transforms.numba_cpu import MAX_OFF_GRID_SHARE, MIN_HISTOGRAM_VOCAB, NumbaTransform
 from tests.em_sampler.transforms.support import expected, total_variation
@@ -16,33 +15,33 @@ from tests.em_sampler.transforms.support import expected, total_variation
 MIXED: list[Params | None] = [EMInfParams(), AdaptiveTemperatureParams(), None, EMInfParams(optimizer="sgd")]
 
 
-def rows_of(count: int, vocab: int) -> torch.Tensor:
+def bfloat16_rows(count: int, vocab: int) -> torch.Tensor:
     return (torch.randn(count, vocab, generator=torch.Generator().manual_seed(vocab)) * 3).bfloat16().float()
 
 
-def test_everything_is_compiled_when_it_is_made() -> None:
+def test_building_compiles_everything() -> None:
     """One signature, whatever the batch: no request waits for the compiler."""
-    engine = NumbaTransform(300)
-    compiled = list(numba_cpu._transform.signatures)
+    transform = NumbaTransform(300)
+    compiled = list(numba_cpu._transform_rows.signatures)
     for rows in (1, 7, 64):
-        engine(rows_of(rows, 300), BatchParams.of((MIXED * 16)[:rows]))
+        transform(bfloat16_rows(rows, 300), BatchParams.of((MIXED * 16)[:rows]))
     NumbaTransform(9000)(torch.randn(2, 9000), BatchParams.of(MIXED[:2]))
     padded = torch.randn(3, 400)
     with torch.inference_mode():
-        engine(padded[:, :300], BatchParams.of(MIXED[:3]))
-    assert numba_cpu._transform.signatures == compiled
+        transform(padded[:, :300], BatchParams.of(MIXED[:3]))
+    assert numba_cpu._transform_rows.signatures == compiled
     assert len(compiled) == 1
 
 
 def test_compiled_code_is_kept_for_the_next_start() -> None:
     NumbaTransform(300)
-    stats = numba_cpu._transform.stats
+    stats = numba_cpu._transform_rows.stats
     assert sum(stats.cache_hits.values()) + sum(stats.cache_misses.values()) == 1
-    assert any(Path(stats.cache_path).glob("cpu_counted._transform*.nbi"))
+    assert any(Path(stats.cache_path).glob("numba_cpu._transform_rows*.nbi"))
 
 
-def test_threads_change_nothing() -> None:
-    before = rows_of(24, 40_000)
+def test_the_number_of_threads_changes_nothing() -> None:
+    before = bfloat16_rows(24, 40_000)
     params = BatchParams.of(MIXED * 6)
     threads = torch.get_num_threads()
     results = []
@@ -57,42 +56,25 @@ def test_threads_change_nothing() -> None:
             assert torch.equal(one.nan_to_num(-1), other.nan_to_num(-1))
 
 
-@pytest.mark.parametrize("share", [0.0, 1 / MAX_OFF_GRID_SHARE - 0.01, 1 / MAX_OFF_GRID_SHARE + 0.01, 0.5])
+@pytest.mark.parametrize("share", [0.0, MAX_OFF_GRID_SHARE - 0.01, MAX_OFF_GRID_SHARE + 0.01, 0.5])
 @pytest.mark.parametrize("params", [p for p in MIXED if p])
-def test_values_off_the_grid(share: float, params: Params) -> None:
-    """Around the share beyond which a row is no longer counted; the next row finds the count empty."""
+def test_values_that_bfloat16_cannot_represent(share: float, params: Params) -> None:
+    """On both sides of the share above which a row is not counted; the next row finds the counts cleared."""
     vocab = 2 * MIN_HISTOGRAM_VOCAB
-    before = rows_of(2, vocab)
+    before = bfloat16_rows(2, vocab)
     before[0, torch.randperm(vocab, generator=torch.Generator().manual_seed(3))[: int(share * vocab)]] /= 1.1
-    engine = NumbaTransform(vocab)
-    after = engine(before.clone(), BatchParams.of([params] * 2)).logits
+    transform = NumbaTransform(vocab)
+    after = transform(before.clone(), BatchParams.of([params] * 2)).logits
     for row in range(2):
         z, _ = expected(before[row], params)
         assert total_variation(after[row].double().numpy(), z) < 1e-5
-    assert not engine.workspaces[0].counts.any()
+    assert not transform.workspaces[0].counts.any()
 
 
 def test_equal_logits_stay_equal() -> None:
-    before = rows_of(1, 50_000)
+    before = bfloat16_rows(1, 50_000)
     after = NumbaTransform(50_000)(before.clone(), BatchParams.of([EMInfParams(threshold=0.0)])).logits
-    values, where = before[0].unique(return_inverse=True)
+    values, value_of = before[0].unique(return_inverse=True)
     assert len(values) < 5000
-    first = torch.full((len(values),), torch.nan).scatter(0, where, after[0])
-    assert torch.equal(first[where], after[0])
-
-
-def test_all_work_is_done_once() -> None:
-    done: list[int] = []
-    lock = threading.Lock()
-
-    def note(number: int) -> None:
-        with lock:
-            done.append(number)
-
-    torch_threads.run_all(lambda number=number: note(number) for number in range(9))  # type: ignore[misc]
-    assert sorted(done) == list(range(9))
-
-
-def test_an_error_in_a_thread_is_raised() -> None:
-    with pytest.raises(ZeroDivisionError):
-        torch_threads.run_all([lambda: 1, lambda: 1 / 0, lambda: 1])
+    first = torch.full((len(values),), torch.nan).scatter(0, value_of, after[0])
+    assert torch.equal(first[value_of], after[0])
