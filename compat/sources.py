@@ -1,4 +1,4 @@
-"""The sources of one vLLM and the definitions in them, read by `ast`. Imports and installs nothing of vLLM."""
+"""The sources of one vLLM and the definitions in them, read by `ast`. Neither imports nor installs vLLM."""
 
 import ast
 import functools
@@ -12,15 +12,15 @@ from pathlib import Path
 DISTRIBUTION = re.compile(r"vllm(_cpu)?-.+\.dist-info")
 METADATA = "*.dist-info/METADATA"  # the folder's real name carries the version
 
-Def = ast.FunctionDef | ast.AsyncFunctionDef
+Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 
 class MissingError(Exception):
-    """Something that is not in the sources; the message says what."""
+    """Something is not in the sources; the message names it."""
 
 
 class Sources:
-    """The files of a wheel, or of a folder that holds the package as site-packages does."""
+    """The files of a wheel, or of a folder that contains the package, such as site-packages."""
 
     def __init__(self, path: Path) -> None:
         self.root: Path | zipfile.Path = zipfile.Path(path) if path.is_file() else path
@@ -29,11 +29,11 @@ class Sources:
         self.trees: dict[str, ast.Module] = {}
 
     def has(self, file: str) -> bool:
-        """Whether there is such a file."""
+        """Return whether there is such a file."""
         return (self.root / file).is_file()
 
     def text(self, file: str) -> str:
-        """The file's text.
+        """Return the file's text. A `*` in the name stands for the release.
 
         Raises:
             MissingError: if there is no such file.
@@ -44,13 +44,13 @@ class Sources:
         return (self.root / file).read_text(encoding="utf-8")
 
     def tree(self, file: str) -> ast.Module:
-        """The file, parsed."""
+        """Return the parsed file."""
         if file not in self.trees:
             self.trees[file] = ast.parse(self.text(file))
         return self.trees[file]
 
     def below(self, folder: str) -> list[str]:
-        """Python files anywhere in `folder`."""
+        """Return the names of all Python files below `folder`."""
         if isinstance(self.root, Path):
             return [path.relative_to(self.root).as_posix() for path in (self.root / folder).rglob("*.py")]
         return [name for name in self.root.root.namelist() if name.startswith(f"{folder}/") and name.endswith(".py")]
@@ -58,14 +58,18 @@ class Sources:
 
 @dataclass(frozen=True)
 class Found:
-    """A node that defines a name, and the file it stands in."""
+    """A node that defines a name, and its file."""
 
     file: str
     node: ast.AST
 
 
 def find(sources: Sources, file: str, dotted: str) -> Found:
-    """What `dotted` names: a global or the path of a POST route, then `members` of it."""
+    """Return what `dotted` names: a global or the path of a POST route, followed by `members`.
+
+    Raises:
+        MissingError: if one of the names is not there.
+    """
     first, *rest = dotted.split(".")
     found = _item(_handlers(sources, file), first) if first.startswith("/") else _global(sources, file, first)
     for name in rest:
@@ -74,10 +78,13 @@ def find(sources: Sources, file: str, dotted: str) -> Found:
 
 
 def members(sources: Sources, found: Found) -> dict[str, Found]:
-    """What can follow after a dot: attributes and methods of a class, its own and those of its bases in vLLM; the
-    parameters of a function; the members of the class that an attribute or a parameter is annotated with."""
+    """Return what can follow after a dot, by name.
+
+    Of a class: its attributes and methods, and those of its bases in vLLM. Of a function: its parameters. Of an
+    attribute or a parameter: the members of the class that it is annotated with.
+    """
     node = found.node
-    if isinstance(node, Def):
+    if isinstance(node, Function):
         return {each.arg: Found(found.file, each) for each in node.args.args}
     if not isinstance(node, ast.ClassDef):
         return members(sources, _annotated(sources, found))
@@ -95,7 +102,7 @@ def _item(named: dict[str, Found], name: str) -> Found:
 
 
 def _global(sources: Sources, file: str, name: str) -> Found:
-    """Where a module's `name` is defined, following imports as far as they stay inside vLLM."""
+    """Find the definition of a module's `name`; follow imports as long as they stay inside vLLM."""
     for node in _statements(sources.tree(file)):
         if isinstance(node, ast.ImportFrom):
             for alias in node.names:
@@ -119,7 +126,7 @@ def _annotated(sources: Sources, found: Found) -> Found:
 
 @functools.cache
 def _handlers(sources: Sources, folder: str) -> dict[str, Found]:
-    """The function behind every POST route that a module in `folder` declares with a literal path."""
+    """Return the functions of all POST routes that modules in `folder` declare with a literal path, by path."""
     return {
         str(call.args[0].value): Found(file, node)
         for file in sources.below(folder)
@@ -132,7 +139,7 @@ def _handlers(sources: Sources, folder: str) -> dict[str, Found]:
 
 
 def _statements(node: ast.AST) -> Iterator[ast.AST]:
-    """Those at module level, also below `if TYPE_CHECKING` and `try`."""
+    """Yield the statements at module level, and those below `if TYPE_CHECKING` and `try`."""
     for each in ast.iter_child_nodes(node):
         yield each
         if isinstance(each, ast.If | ast.Try | ast.ExceptHandler):
@@ -140,7 +147,7 @@ def _statements(node: ast.AST) -> Iterator[ast.AST]:
 
 
 def _defines(node: ast.AST) -> list[str]:
-    if isinstance(node, ast.ClassDef | Def):
+    if isinstance(node, ast.ClassDef | Function):
         return [node.name]
     targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
     return [target.id for target in targets if isinstance(target, ast.Name)]

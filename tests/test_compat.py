@@ -13,7 +13,7 @@ import pytest
 from packaging.requirements import Requirement
 
 from compat import __main__ as command
-from compat import surface
+from compat import vllm_surface as surface
 from compat.sources import METADATA, Sources
 from em_sampler.vllm_plugin.version import SUPPORTED_VLLM, VLLM_DISTRIBUTIONS, installed_vllm
 from server.cli import FILTERED_GROUPS
@@ -21,7 +21,13 @@ from server.protocol import SAMPLING_ROUTES
 
 ROOT = Path(surface.__file__).parent.parent
 PLUGIN = {surface.PROCESSOR, surface.REQUEST, surface.V1, surface.V2}
-IMPORTING = PLUGIN | {surface.CLI, surface.ENDPOINTS, surface.HANDLER, surface.ERRORS, surface.ENGINE}
+IMPORTING = PLUGIN | {
+    surface.CLI,
+    surface.ENDPOINTS,
+    surface.HANDLER,
+    surface.ERRORS,
+    surface.ENGINE,
+}
 NOT_SHIPPED = ("tests", "benchmarks", "harness")
 PACKAGES = sorted(init.parent.name for init in ROOT.glob("*/__init__.py") if init.parent.name not in NOT_SHIPPED)
 
@@ -53,11 +59,13 @@ def test_only_the_allowed_files_import_vllm() -> None:
 
 
 def test_everything_imported_is_a_touch_point(installed: Sources) -> None:
-    listed = {(touch.ours, touch.file, re.split(r"\W", touch.check.expected)[0]) for touch in surface.TOUCHPOINTS}
+    listed = {
+        (point.ours, point.file, re.split(r"\W", point.expectation.expected)[0]) for point in surface.TOUCH_POINTS
+    }
     for ours, module, name in vllm_imports():
         base = module.replace(".", "/")
         file = f"{base}.py" if installed.has(f"{base}.py") else f"{base}/__init__.py"
-        assert (ours, file, name) in listed, f"{ours} imports {name} of {module}: add it to compat/surface.py"
+        assert (ours, file, name) in listed, f"{ours} imports {name} of {module}: add it to compat/vllm_surface.py"
 
 
 def test_the_names_that_our_files_hold_are_those_checked() -> None:
@@ -69,7 +77,7 @@ def test_the_names_that_our_files_hold_are_those_checked() -> None:
 
 def test_the_page_lists_the_same_touch_points() -> None:
     lines = (ROOT / "docs/vllm-surface.md").read_text().splitlines()
-    assert [line for line in lines if line.startswith("| `")] == [touch.row() for touch in surface.TOUCHPOINTS]
+    assert [line for line in lines if line.startswith("| `")] == [point.row() for point in surface.TOUCH_POINTS]
 
 
 # ---- The check passes where it should, and fails where it should -----------------------------------------------------
@@ -77,11 +85,11 @@ def test_the_page_lists_the_same_touch_points() -> None:
 
 def test_the_installed_vllm_fits(installed: Sources) -> None:
     assert installed.release.endswith(f"-{installed_vllm()}")
-    assert surface.misfits(installed) == []
+    assert surface.mismatches(installed) == []
 
 
 def test_nothing_fits_an_empty_folder(tmp_path: Path) -> None:
-    assert len(surface.misfits(Sources(tmp_path))) == len(surface.TOUCHPOINTS)
+    assert len(surface.mismatches(Sources(tmp_path))) == len(surface.TOUCH_POINTS)
 
 
 APPLY = "    @abstractmethod\n    def apply("
@@ -120,7 +128,12 @@ CHANGES = {
         "ctor(None, vllm_config, lp",
         "processors with nothing",
     ),
-    "other order": (surface.V1_SAMPLER, PROCESS, f"self.sample()\n        {PROCESS}", "self.sample, then self.apply"),
+    "other order": (
+        surface.V1_SAMPLER,
+        PROCESS,
+        f"self.sample()\n        {PROCESS}",
+        "self.sample, then self.apply",
+    ),
     "optional made required": ("vllm/exceptions.py", "value: Any = None", "value: Any", "parameter=None, value)"),
     "moved route": (CHAT_ROUTER, '"/v1/chat/completions",', '"/v2/chat/completions",', "found no /v1/chat/completions"),
     "renamed argument of a handler": (CHAT_ROUTER, "raw_request:", "http:", "completions(request, http)"),
@@ -140,11 +153,11 @@ def test_a_change_is_noticed(
     changed = Sources(Path(str(installed.root)))
     changed.trees = {each: tree for each, tree in installed.trees.items() if each != file}
     monkeypatch.setattr(changed, "text", lambda each: text if each == file else installed.text(each))
-    lines = surface.misfits(changed)
+    lines = surface.mismatches(changed)
     assert lines and all(found in line for line in lines)
 
 
-def test_a_wheel_gives_a_line_per_misfit_and_an_exit_status(
+def test_a_wheel_gives_a_line_per_mismatch_and_an_exit_status(
     installed: Sources, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     wheel = tmp_path / "vllm-9.8.7-py3-none-any.whl"
@@ -155,7 +168,8 @@ def test_a_wheel_gives_a_line_per_misfit_and_an_exit_status(
     assert command.main() == 1
     *lines, summary = capsys.readouterr().out.splitlines()
     assert (
-        summary == f"vllm-9.8.7: {len(surface.TOUCHPOINTS) - len(lines)} of {len(surface.TOUCHPOINTS)} touch points fit"
+        summary
+        == f"vllm-9.8.7: {len(surface.TOUCH_POINTS) - len(lines)} of {len(surface.TOUCH_POINTS)} touch points fit"
     )
     signature = "LogitsProcessor.__init__(self, vllm_config, device, {})"
     expected, found = signature.format("is_pin_memory"), signature.format("pinned")

@@ -1,7 +1,9 @@
-"""Every place where this project touches vLLM: edit it with the code, and docs/vllm-surface.md with it."""
+"""Every place where this project touches vLLM. If you change the code, edit it and docs/vllm-surface.md too."""
 
-from compat.checks import Check, Touch, asks_for, contains, has, matches, signature, value
-from compat.sources import METADATA, Sources
+from dataclasses import dataclass
+
+from compat.expectations import Expectation, abstract_members, contains, has, matches, signature, value
+from compat.sources import METADATA, MissingError, Sources
 
 PROCESSOR, REQUEST, V1, V2 = (f"em_sampler/vllm_plugin/{name}.py" for name in ("processor", "request", "v1", "v2"))
 CLI, ENDPOINTS, HANDLER, PROTOCOL = (f"server/{name}.py" for name in ("cli", "endpoints", "handler", "protocol"))
@@ -22,22 +24,26 @@ CHAT, COMPLETIONS, RESPONSES = "/v1/chat/completions", "/v1/completions", "/v1/r
 XARGS = "self.vllm_xargs if self.vllm_xargs else {}"
 
 # (our file, vLLM's file): what is used, and what we rely on.
-SURFACE: dict[tuple[str, str], dict[Check, str]] = {
+SURFACE: dict[tuple[str, str], dict[Expectation, str]] = {
     # What vLLM loads as a logits processor.
     (PROCESSOR, SAMPLING): {has("SamplingParams", "extra_args"): "where a request's settings arrive"},
     (REQUEST, SAMPLING): {
         has("SamplingParams", "extra_args", "sampling_type"): "where a request's settings arrive",
-        has("SamplingType", "GREEDY"): "a greedy request is left alone",
+        has("SamplingType", "GREEDY"): "a greedy request is not changed",
     },
     (PROCESSOR, V1_LOADER): {
         value("LOGITSPROCS_GROUP", "'vllm.logits_processors'"): "the group of our entry point",
-        contains("build_logitsprocs", "ctor(vllm_config, device, is_pin_memory)"): "three arguments: the V1 runner",
+        contains(
+            "build_logitsprocs", "ctor(vllm_config, device, is_pin_memory)"
+        ): "three arguments: called by the V1 runner",
         contains("validate_logits_processors_parameters", "logits_procs.validate_params(sampling_params)"): "HTTP 400",
     },
     (PROCESSOR, V2_LOADER): {
         value("LOGITSPROCS_GROUP", "'vllm.logits_processors'"): "the same group, so one class for both",
-        contains("_load_v2_logitsprocs_plugins", "issubclass(cls, LogitsProcessor)"): "why it has two bases",
-        contains(V2_BUILD, "ctor(vllm_config, lp_req_state)"): "two arguments: the V2 runner",
+        contains(
+            "_load_v2_logitsprocs_plugins", "issubclass(cls, LogitsProcessor)"
+        ): "why our class has both base classes",
+        contains(V2_BUILD, "ctor(vllm_config, lp_req_state)"): "two arguments: called by the V2 runner",
         contains(V2_VALIDATE, "cls.validate_params(sampling_params)"): "HTTP 400",
     },
     (PROCESSOR, V1_INTERFACE): {signature("LogitsProcessor.validate_params(cls, sampling_params)"): "our validation"},
@@ -45,32 +51,36 @@ SURFACE: dict[tuple[str, str], dict[Check, str]] = {
     # The V1 runner.
     (V1, CONFIG): {
         signature("VllmConfig.model_config.get_vocab_size(self)"): "columns of the logits",
-        has("VllmConfig.scheduler_config", "max_num_seqs"): "most rows of the logits",
-        has("VllmConfig.parallel_config", "tensor_parallel_size"): "the first rank of each group reports",
+        has("VllmConfig.scheduler_config", "max_num_seqs"): "the largest number of rows of the logits",
+        has("VllmConfig.parallel_config", "tensor_parallel_size"): "only the first rank of each group sends stats",
     },
-    (V1, SAMPLING): {has("SamplingParams", "extra_args"): "what an added row comes with"},
+    (V1, SAMPLING): {has("SamplingParams", "extra_args"): "the settings of an added row"},
     (V1, "vllm/v1/worker/worker_base.py"): {
         contains(
             "WorkerBase.__init__", "self.parallel_config.rank = rank"
-        ): "this worker's; tensor-parallel ranks first",
+        ): "this worker's rank; the ranks of a tensor-parallel group are consecutive",
     },
     (V1, V1_INTERFACE): {
-        asks_for("LogitsProcessor", "__init__", "apply", "is_argmax_invariant", "update_state"): "we have these four",
+        abstract_members(
+            "LogitsProcessor", "__init__", "apply", "is_argmax_invariant", "update_state"
+        ): "ours defines these four",
         signature("LogitsProcessor.__init__(self, vllm_config, device, is_pin_memory)"): "the constructor",
         signature("LogitsProcessor.is_argmax_invariant(self)"): "False keeps us before the temperature",
-        signature("LogitsProcessor.update_state(self, batch_update)"): "rows follow the batch",
-        signature("LogitsProcessor.apply(self, logits)"): "the transform's place",
-        has("BatchUpdate", "removed", "added", "moved"): "read in this order",
+        signature("LogitsProcessor.update_state(self, batch_update)"): "keeps our rows equal to those of the batch",
+        signature("LogitsProcessor.apply(self, logits)"): "where the transform runs",
+        has("BatchUpdate", "removed", "added", "moved"): "applied in this order",
         value("RemovedRequest", "int"): "a row",
-        value("AddedRequest", "tuple[int, SamplingParams, list[int] | None, list[int]]"): "row and settings come first",
-        value("MovedRequest", "tuple[int, int, MoveDirectionality]"): "source, target, how",
-        has("MoveDirectionality", "SWAP"): "anything else moves one way",
+        value(
+            "AddedRequest", "tuple[int, SamplingParams, list[int] | None, list[int]]"
+        ): "the row and its settings come first",
+        value("MovedRequest", "tuple[int, int, MoveDirectionality]"): "source, target, direction",
+        has("MoveDirectionality", "SWAP"): "any other value moves in one direction",
     },
     (V1, "vllm/v1/worker/gpu_input_batch.py"): {
         contains("InputBatch.refresh_metadata", "logit_proc.update_state(batch_update)"): "called when rows change",
         contains(
             "InputBatch._register_add_request", "request.output_token_ids"
-        ): "the list that grows: its length is the position of the token being sampled",
+        ): "a list that grows: its length is the position of the next sampled token",
     },
     (V1, V1_SAMPLER): {
         contains(
@@ -80,10 +90,10 @@ SURFACE: dict[tuple[str, str], dict[Check, str]] = {
         contains("Sampler.apply_logits_processors", "logits = processor.apply(logits)"): "how we are called",
     },
     # The V2 runner.
-    (V2, SAMPLING): {has("SamplingParams", "extra_args"): "what `add_request` is handed"},
+    (V2, SAMPLING): {has("SamplingParams", "extra_args"): "the argument of `add_request`"},
     (V2, CONFIG): {
-        has("VllmConfig", "num_speculative_tokens"): "a row more for each draft token",
-        has("VllmConfig.parallel_config", "tensor_parallel_size"): "the first rank of each group reports",
+        has("VllmConfig", "num_speculative_tokens"): "one more row for each draft token",
+        has("VllmConfig.parallel_config", "tensor_parallel_size"): "only the first rank of each group sends stats",
     },
     (V2, "vllm/v1/worker/gpu/buffer_utils.py"): {
         contains(
@@ -91,22 +101,26 @@ SURFACE: dict[tuple[str, str], dict[Check, str]] = {
         ): "lengths, read on the device",
     },
     (V2, V2_INTERFACE): {
-        asks_for("LogitsProcessor", "apply"): "we have it",
+        abstract_members("LogitsProcessor", "apply"): "ours defines it",
         signature("LogitsProcessor.__init__(self, vllm_config, req_states)"): "the constructor",
-        signature("LogitsProcessor.add_request(self, req_idx, sampling_params)"): "a slot's new request",
-        signature("LogitsProcessor.apply_staged_writes(self)"): "where the table goes to the device",
-        signature("LogitsProcessor.apply(self, logits, ctx)"): "the transform's place",
+        signature("LogitsProcessor.add_request(self, req_idx, sampling_params)"): "a slot gets a new request",
+        signature("LogitsProcessor.apply_staged_writes(self)"): "when the table is copied to the device",
+        signature("LogitsProcessor.apply(self, logits, ctx)"): "where the transform runs",
         has("LogitsProcRequestState", "max_num_reqs", "device", "vocab_size"): "sizes and device",
-        has("LogitsProcRequestState", "prompt_len", "prefill_len"): "what of a sequence is reply, and what is sampled",
+        has(
+            "LogitsProcRequestState", "prompt_len", "prefill_len"
+        ): "where the reply begins, and which positions are sampled",
         has(
             "LogitsContext", "idx_mapping_np", "expanded_idx_mapping", "pos"
-        ): "requests to slots, rows to slots, where",
+        ): "slots of requests, slots of rows, positions of rows",
     },
     (V2, V2_SAMPLER): {
         contains(
             "Sampler.add_request", "needs_processing |= processor.add_request(req_idx, sampling_params)"
-        ): "for every new request; False spares the float32 copy",
-        contains("Sampler.apply_staged_writes", "processor.apply_staged_writes()"): "in every step, before it samples",
+        ): "called for every new request; False avoids the float32 copy",
+        contains(
+            "Sampler.apply_staged_writes", "processor.apply_staged_writes()"
+        ): "called in every step, before sampling",
         contains(
             "Sampler.apply_sampling_params",
             "dtype=torch.float32",
@@ -115,17 +129,19 @@ SURFACE: dict[tuple[str, str], dict[Check, str]] = {
         ): "in float32, before the temperature",
     },
     (V2, "vllm/v1/worker/gpu/spec_decode/rejection_sampler.py"): {
-        contains("RejectionSampler._verify", "self.sampler.apply_sampling_params"): "draft tokens pass through us too",
+        contains(
+            "RejectionSampler._verify", "self.sampler.apply_sampling_params"
+        ): "draft tokens pass through the transform too",
     },
     # The command line.
     (CLI, SERVE): {
-        contains("cmd_init", "ServeSubcommand()"): "vLLM's own `serve`, made without arguments",
+        contains("cmd_init", "ServeSubcommand()"): "vLLM's `serve` command, constructed without arguments",
         signature("ServeSubcommand.subparser_init(self, subparsers)"): "its flags, to which ours are added",
         signature("ServeSubcommand.validate(self, args)"): "its checks",
-        signature("ServeSubcommand.cmd(args)"): "runs until it is told to stop",
+        signature("ServeSubcommand.cmd(args)"): "runs until SIGTERM or SIGINT",
         contains("ServeSubcommand.cmd", "getattr(args, 'grpc', False)"): "would bypass our routes: refused",
         contains("ServeSubcommand.cmd", "envs.VLLM_USE_RUST_FRONTEND"): "would bypass our routes: refused",
-        contains("make_arg_parser", "'model_tag'"): "None where the user names no model",
+        contains("make_arg_parser", "'model_tag'"): "None if the user names no model",
     },
     (CLI, "vllm/engine/arg_utils.py"): {
         contains("EngineArgs.add_cli_args", f"'--{flag}'"): "how the demo model is served"
@@ -135,7 +151,7 @@ SURFACE: dict[tuple[str, str], dict[Check, str]] = {
         signature("FlexibleArgumentParser.__init__(self, *args, **kwargs)"): "the outer parser",
         signature(
             "FlexibleArgumentParser.parse_args(self, args=None, namespace=None)"
-        ): "`serve`, then the user's flags",
+        ): "parses `serve` and the user's flags",
     },
     (CLI, "vllm/envs.py"): {
         contains("environment_variables", "'VLLM_PLUGINS'"): "set before vLLM starts",
@@ -144,8 +160,8 @@ SURFACE: dict[tuple[str, str], dict[Check, str]] = {
     },
     (CLI, PLUGINS): {
         matches('"vllm[.]([a-z_]+)_plugins"', *GROUPS): "FILTERED_GROUPS, and the endpoint plugins",
-        contains("load_plugins_by_group", "envs.VLLM_PLUGINS"): "filters every group",
-        contains("load_plugins_by_group", "plugin.name in allowed_plugins"): "by the entry point's name",
+        contains("load_plugins_by_group", "envs.VLLM_PLUGINS"): "filters every group of plugins",
+        contains("load_plugins_by_group", "plugin.name in allowed_plugins"): "compares the names of entry points",
     },
     # The endpoint plugin.
     (ENDPOINTS, PLUGINS): {
@@ -155,14 +171,18 @@ SURFACE: dict[tuple[str, str], dict[Check, str]] = {
         ): "ours has None: always loaded",
     },
     (ENDPOINTS, ENDPOINT_PLUGINS): {
-        asks_for("EndpointPlugin", "name", "required_tasks", "attach_router", "init_state"): "we have these four",
+        abstract_members(
+            "EndpointPlugin", "name", "required_tasks", "attach_router", "init_state"
+        ): "ours defines these four",
         signature("EndpointPlugin.attach_router(self, app)"): "our routes",
         signature("EndpointPlugin.init_state(self, engine_client, state, args)"): "our state",
         contains("attach_endpoint_plugins", "plugin.attach_router(app)"): "how it is called",
         contains("init_endpoint_plugins_state", "plugin.init_state(engine_client, state, args)"): "how it is called",
     },
     (ENDPOINTS, "vllm/entrypoints/launchers/app.py"): {
-        contains("build_app", "register_api_routers", "attach_endpoint_plugins"): "the core routes are there by then",
+        contains(
+            "build_app", "register_api_routers", "attach_endpoint_plugins"
+        ): "vLLM's routes exist before our plugin is attached",
     },
     (ENDPOINTS, METADATA): {
         matches("^Requires-Dist: fastapi.*(<0[.]137)", "<0.137"): "up to 0.136 `app.router.routes` is a flat list",
@@ -180,30 +200,36 @@ SURFACE: dict[tuple[str, str], dict[Check, str]] = {
         ): "what it returns; where the id of a stream's chunks is",
     },
     (ENDPOINTS, "vllm/engine/protocol.py"): {
-        has("EngineClient.vllm_config", "model_config", "speculative_config", "use_v2_model_runner"): "can em_inf work",
+        has(
+            "EngineClient.vllm_config", "model_config", "speculative_config", "use_v2_model_runner"
+        ): "whether em_inf is available",
     },
     (ENDPOINTS, "vllm/config/model.py"): {
         contains("ModelConfig.__post_init__", "self.runner_type == 'pooling'"): "a pooling model samples no tokens",
     },
-    (ENDPOINTS, V1_LOADER): {contains("build_logitsprocs", "vllm_config.speculative_config"): "where V1 drops us"},
+    (ENDPOINTS, V1_LOADER): {
+        contains(
+            "build_logitsprocs", "vllm_config.speculative_config"
+        ): "why V1 has no em_inf with speculative decoding"
+    },
     (ERRORS, "vllm/exceptions.py"): {
         signature("VLLMValidationError.__init__(self, message, *, parameter=None, value=None)"): "HTTP 400",
     },
     (HANDLER, "vllm/exceptions.py"): {
-        contains("VLLMClientError", "VLLMError"): "what counts as rejected",
-        contains("VLLMValidationError", "VLLMClientError"): "one of these",
+        contains("VLLMClientError", "VLLMError"): "the errors that count as rejected requests",
+        contains("VLLMValidationError", "VLLMClientError"): "a refused setting is such an error",
     },
     # The engine client, where statistics come by.
     (ENGINE, "vllm/engine/protocol.py"): {
         matches(
             r"def (generate)\(\s+self,\s+prompt:[^*]+\bsampling_params: SamplingParams,\s+request_id: str,\s+[*],",
             "generate",
-        ): "how every route reaches the engine: wrapped",
+        ): "wrapped: every route calls the engine by it",
         signature("EngineClient.is_tracing_enabled(self)"): "whether requests have spans",
         signature("EngineClient.abort(self, request_id)"): "ends a branch",
     },
     (ENGINE, "vllm/config/model.py"): {has("ModelConfig", "max_logprobs"): "a server's limit"},
-    (ENGINE, CONFIG): {has("VllmConfig.parallel_config", "_api_process_rank"): "which of the API servers this is"},
+    (ENGINE, CONFIG): {has("VllmConfig.parallel_config", "_api_process_rank"): "the index of this API server"},
     (ENGINE, "vllm/exceptions.py"): {
         signature("VLLMValidationError.__init__(self, message, *, parameter=None, value=None)"): "HTTP 400",
         signature("GenerationError.__init__(self, message='Internal server error')"): "HTTP 500",
@@ -213,35 +239,37 @@ SURFACE: dict[tuple[str, str], dict[Check, str]] = {
             "OutputProcessor.abort_requests",
             "self.external_req_ids.pop(request_id, [])",
             "finish_reason=FinishReason.ABORT",
-        ): "a branch is aborted by the id we gave it; its last output comes then",
+        ): "aborts a branch by the id that we gave it; its last output follows",
     },
     (ENGINE, SAMPLING): {
-        has("SamplingParams", "extra_args", "n", "output_kind"): "the way to the worker; samples; how to count tokens",
-        has("SamplingParams", "seed", "logprobs"): "what branches differ in; what votes are weighed by",
-        has("RequestOutputKind", "DELTA"): "outputs are new tokens, otherwise all so far",
+        has(
+            "SamplingParams", "extra_args", "n", "output_kind"
+        ): "the way to the worker; number of samples; how to count tokens",
+        has("SamplingParams", "seed", "logprobs"): "the differences between branches; the weights of votes",
+        has("RequestOutputKind", "DELTA"): "outputs have only new tokens, otherwise all tokens",
     },
     (ENGINE, "vllm/outputs.py"): {
         contains(
             "RequestOutput.__init__", "self.outputs = outputs", "self.finished = finished"
         ): "what `generate` yields",
-        has("CompletionOutput", "index", "token_ids"): "which sample, which tokens",
-        signature("RequestOutput.add(self, next_output, aggregate)"): "deltas made one",
+        has("CompletionOutput", "index", "token_ids"): "the sample and its tokens",
+        signature("RequestOutput.add(self, next_output, aggregate)"): "joins deltas",
     },
     (BRANCHES, "vllm/outputs.py"): {
         has(
             "CompletionOutput", "text", "token_ids", "cumulative_logprob", "logprobs", "finish_reason"
-        ): "a branch so far",
+        ): "the current state of a branch",
         contains(
             "RequestOutput.__init__",
             "self.prompt_token_ids = prompt_token_ids",
             "self.finished = finished",
             "self.num_cached_tokens = num_cached_tokens",
-        ): "what it cost",
+        ): "the cost of a branch",
     },
     (BRANCHES, "vllm/logprobs.py"): {has("Logprob", "logprob", "rank"): "a token's confidence"},
     (BASE, SAMPLING): {value("_SAMPLING_EPS", "1e-05"): "the temperature from which on requests are sampled"},
     (ENGINE, "vllm/v1/engine/parallel_sampling.py"): {
-        signature("ParentRequest.get_child_info(self, index)"): "wrapped: samples of a request are told apart",
+        signature("ParentRequest.get_child_info(self, index)"): "wrapped: tells the samples of a request apart",
         contains("ParentRequest._get_child_sampling_params", "copy(self.sampling_params)"): "they share extra_args",
     },
     (ENGINE, "vllm/v1/engine/async_llm.py"): {
@@ -249,7 +277,7 @@ SURFACE: dict[tuple[str, str], dict[Check, str]] = {
     },
     # The end.
     (DRAIN, "vllm/engine/protocol.py"): {
-        signature("EngineClient.shutdown(self, timeout=None)"): "wrapped: the drain comes first",
+        signature("EngineClient.shutdown(self, timeout=None)"): "wrapped: the drain runs before it",
     },
     (DRAIN, "vllm/entrypoints/launchers/launcher.py"): {
         contains(
@@ -258,7 +286,7 @@ SURFACE: dict[tuple[str, str], dict[Check, str]] = {
             "timeout = engine_client.vllm_config.shutdown_timeout",
             "loop.run_in_executor(None, partial(engine_client.shutdown, timeout=timeout))",
             "server.should_exit = True",
-        ): "on SIGTERM it is called in a thread, while the event loop goes on answering",
+        ): "on SIGTERM it runs in a thread, while the event loop continues to serve",
     },
     (HEALTH, "vllm/engine/protocol.py"): {
         signature("EngineClient.check_health(self)"): "raises if the engine is dead",
@@ -267,13 +295,15 @@ SURFACE: dict[tuple[str, str], dict[Check, str]] = {
         contains("init_app_state", "state.engine_client = engine_client"): "where the readiness probe finds it",
     },
     (TRACING, "vllm/v1/engine/output_processor.py"): {
-        signature("OutputProcessor.do_tracing(self, engine_core_output, req_state, iteration_stats)"): "made to wait",
+        signature(
+            "OutputProcessor.do_tracing(self, engine_core_output, req_state, iteration_stats)"
+        ): "delayed until the stats are final",
         contains(
             "OutputProcessor.process_outputs", "self.do_tracing(engine_core_output, req_state, iteration_stats)"
         ): "how it is called",
         contains(
             "RequestState.__init__", "self.external_req_id = external_req_id", "self.request_index"
-        ): "which reply",
+        ): "the reply of a span",
     },
     (TRACING, "vllm/tracing/otel.py"): {
         contains("init_otel_tracer", "set_tracer_provider(trace_provider)"): "where our span processor is added",
@@ -284,11 +314,15 @@ SURFACE: dict[tuple[str, str], dict[Check, str]] = {
     },
     # The request models, which we know by their fields alone.
     (PROTOCOL, ROUTES): {
-        has(f"{CHAT}.request", "vllm_xargs", "use_beam_search"): "where settings go; what they conflict with",
-        has(f"{CHAT}.request", "n", "tools", "tool_choice"): "what strategies conflict with",
+        has(
+            f"{CHAT}.request", "vllm_xargs", "use_beam_search"
+        ): "where settings go; the field that conflicts with them",
+        has(f"{CHAT}.request", "n", "tools", "tool_choice"): "fields that conflict with strategies",
         has(f"{COMPLETIONS}.request", "vllm_xargs", "use_beam_search"): "the same",
         has(f"{RESPONSES}.request", "vllm_xargs"): "the same; it has no beam search",
-        contains(f"{CHAT}.request.to_sampling_params", XARGS, "extra_args=extra_args or None"): "settings reach us",
+        contains(
+            f"{CHAT}.request.to_sampling_params", XARGS, "extra_args=extra_args or None"
+        ): "settings arrive in extra_args",
         contains(f"{COMPLETIONS}.request.to_sampling_params", XARGS, "extra_args=extra_args or None"): "the same",
         contains(f"{RESPONSES}.request.to_sampling_params", XARGS, "extra_args=extra_args"): "the same",
         **{
@@ -297,11 +331,39 @@ SURFACE: dict[tuple[str, str], dict[Check, str]] = {
         },
     },
 }
-TOUCHPOINTS = tuple(
-    Touch(*files, check, relied) for files, checks in SURFACE.items() for check, relied in checks.items()
+
+
+@dataclass(frozen=True)
+class TouchPoint:
+    """One expectation of one of our files about one of vLLM's."""
+
+    ours: str
+    file: str  # vLLM's, as a wheel names it; a folder if our code works with any module in it
+    expectation: Expectation
+    reason: str  # what we rely on
+
+    def mismatch(self, sources: Sources) -> str | None:
+        """Return what these sources have instead, as one line; None if they are as expected."""
+        try:
+            actual = self.expectation.actual(sources, self.file)
+        except MissingError as missing:
+            actual = str(missing)
+        if actual == self.expectation.expected:
+            return None
+        return f"{self.file}: expected {self.expectation.expected}; found {actual} (used by {self.ours})"
+
+    def row(self) -> str:
+        """Return its line of the table in docs/vllm-surface.md."""
+        return f"| `{self.ours}` | `{self.file}` | `{self.expectation.expected}` | {self.reason} |"
+
+
+TOUCH_POINTS = tuple(
+    TouchPoint(*files, expectation, reason)
+    for files, expectations in SURFACE.items()
+    for expectation, reason in expectations.items()
 )
 
 
-def misfits(sources: Sources) -> list[str]:
-    """One line for each touch point that these sources do not fit."""
-    return [f"{sources.release}: {line}" for touch in TOUCHPOINTS if (line := touch.misfit(sources))]
+def mismatches(sources: Sources) -> list[str]:
+    """Return a line for each touch point that these sources do not fit."""
+    return [f"{sources.release}: {line}" for point in TOUCH_POINTS if (line := point.mismatch(sources))]
