@@ -27,7 +27,7 @@ _TEXT_COMMAND = re.compile(r"\\(?:text|mathrm|mathbf|textbf)\{([^{}]*)\}")
 
 
 class Answer(BaseModel):
-    """How to find the answer in a reply: the `answer` field of a strategy, of a load test's task and of training."""
+    """How to find the answer in a reply."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
