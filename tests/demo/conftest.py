@@ -1,4 +1,4 @@
-"""One thread for the demo model's tests: two hardly help, and on a busy machine they stall each other."""
+"""One thread for the demo model's tests: two hardly help, and on a busy machine they wait for each other."""
 
 from collections.abc import Iterator
 

@@ -1,4 +1,4 @@
-"""Training conversations: from the training split alone, and ending in the right reply."""
+"""Training conversations: from the training split alone, each reply right."""
 
 import random
 import re
@@ -34,27 +34,27 @@ def test_each_reply_answers_the_last_question_asked() -> None:
                 assert check(problem, text)
 
 
-def test_most_are_the_bare_chain_and_the_rest_vary() -> None:
-    plain = [turns for turns in CONVERSATIONS if len(turns) == 2 and CHAIN.fullmatch(turns[0].text)]
-    assert BARE_SHARE - 0.05 < len(plain) / len(CONVERSATIONS) < BARE_SHARE + 0.1
+def test_most_ask_the_bare_chain_and_the_others_vary() -> None:
+    bare = [turns for turns in CONVERSATIONS if len(turns) == 2 and CHAIN.fullmatch(turns[0].text)]
+    assert BARE_SHARE - 0.05 < len(bare) / len(CONVERSATIONS) < BARE_SHARE + 0.1
     assert any(turns[0].role == "system" for turns in CONVERSATIONS)
     assert any(sum(turn.role == "user" for turn in turns) == 2 for turns in CONVERSATIONS)
 
 
 def test_sums_are_worked_from_both_ends() -> None:
     replies = [(chains_in(turns[0].text), turns[1].text) for turns in CONVERSATIONS if turns[0].role == "user"]
-    told_apart = [
+    distinct = [
         (text == left.solution, text == right.solution)
         for (question, *_), text in replies
         if (left := solve(question)) and (right := solve(question, "right")) and left.solution != right.solution
     ]
-    assert len(told_apart) > len(replies) / 2
-    assert all(from_left or from_right for from_left, from_right in told_apart)
-    share = sum(from_right for _, from_right in told_apart) / len(told_apart)
+    assert len(distinct) > len(replies) / 2
+    assert all(from_left or from_right for from_left, from_right in distinct)
+    share = sum(from_right for _, from_right in distinct) / len(distinct)
     assert RIGHT_SHARE - 0.05 < share < RIGHT_SHARE + 0.05
 
 
-def test_all_of_it_is_one_token_a_character() -> None:
+def test_every_character_is_one_token() -> None:
     assert all(turn.text.isascii() for turns in CONVERSATIONS for turn in turns)
 
 
@@ -64,9 +64,9 @@ def test_the_stream_is_seeded() -> None:
 
 
 def test_turns_alternate_after_the_system_message() -> None:
-    drawn = stream("train", seed=2)
-    dressed = [_varied(random.Random(seed), next(drawn), drawn) for seed in range(300)]
-    for turns in dressed:
+    problems = stream("train", seed=2)
+    varied = [_varied(random.Random(seed), next(problems), problems) for seed in range(300)]
+    for turns in varied:
         roles = [turn.role for turn in turns if turn != Turn("system", turns[0].text)]
         assert roles == ["user", "assistant"] * (len(roles) // 2)
         assert roles

@@ -1,4 +1,4 @@
-"""How replies are counted: accuracies and votes, on replies written by hand."""
+"""Accuracies and votes, on replies written by hand."""
 
 import pytest
 
@@ -22,7 +22,7 @@ def test_accuracy_is_the_share_of_right_replies() -> None:
     ("replies", "winner"),
     [
         (boxed(8, 7, 7), 7),
-        (["", "no", *boxed(7), ""], 7),  # silence is no vote
+        (["", "no", *boxed(7), ""], 7),  # a reply without an answer is no vote
         (boxed(8, 7), 8),
         (["\\boxed{07}", "\\boxed{ 7}", *boxed(8)], 7),
         ([], None),
@@ -33,7 +33,7 @@ def test_the_vote_goes_to_the_most_frequent_answer(replies: list[str], winner: i
     assert vote(replies) == winner
 
 
-def test_votes_are_taken_for_each_problem_over_the_samples() -> None:
+def test_each_problem_has_its_own_vote_over_the_samples() -> None:
     samples = [boxed(7, 1), boxed(7, -1), boxed(8, 1)]
     assert vote_accuracy(ASKED, samples) == 0.5
     assert vote_accuracy(ASKED, [*samples, boxed(8, -1), boxed(7, -1)]) == 1.0

@@ -1,4 +1,4 @@
-"""The shipped tokenizer: one token a byte, exact round trips, the chat template."""
+"""The shipped tokenizer: one token for each byte, exact round trips, the chat template."""
 
 from typing import Any, cast
 
@@ -13,7 +13,7 @@ from demo.tokenizer import CHAT_TEMPLATE, END_ID, PAD_ID, SPECIAL, VOCABULARY, b
 
 PRINTABLE = "\n" + "".join(chr(code) for code in range(32, 127))
 USER: dict[str, Any] = {"role": "user", "content": "1+2"}
-# What AutoTokenizer makes of the shipped folder, and so what a server uses.
+# As a server loads it.
 SHIPPED = cast(PreTrainedTokenizerFast, AutoTokenizer.from_pretrained(MODEL_PATH, local_files_only=True))
 
 
@@ -32,22 +32,22 @@ def test_the_vocabulary_is_the_bytes_and_the_specials() -> None:
 
 
 @pytest.mark.parametrize("character", PRINTABLE)
-def test_a_printable_character_is_one_token_and_comes_back(character: str) -> None:
+def test_a_printable_character_is_one_token_and_decodes_to_itself(character: str) -> None:
     (token,) = ids_of(character)
     assert SHIPPED.decode([token]) == character
 
 
-def test_all_of_them_in_a_row_come_back() -> None:
+def test_all_printable_characters_together_decode_to_themselves() -> None:
     assert SHIPPED.decode(ids_of(PRINTABLE)) == PRINTABLE
     assert len(ids_of(PRINTABLE)) == len(PRINTABLE) == 96
 
 
 @given(st.text(alphabet=PRINTABLE))
-def test_ascii_text_comes_back_with_no_space_added_or_lost(text: str) -> None:
+def test_ascii_text_decodes_to_itself_including_spaces(text: str) -> None:
     assert SHIPPED.decode(ids_of(text)) == text
 
 
-def test_text_beyond_ascii_comes_back() -> None:
+def test_text_beyond_ascii_decodes_to_itself() -> None:
     text = "6\u00d77 \u2260 41 \u2603\t\r\n"
     assert SHIPPED.decode(ids_of(text)) == text
 
@@ -57,11 +57,11 @@ def test_special_tokens_are_left_out_of_a_reply() -> None:
 
 
 @given(st.text(alphabet=st.characters(codec="ascii", exclude_characters="|")))
-def test_training_and_serving_spell_alike(text: str) -> None:
+def test_training_and_serving_encode_alike(text: str) -> None:
     assert ids_of(text) == turn("user", text)[1:-1]
 
 
-def test_bytes_beyond_ascii_spell_alike() -> None:
+def test_bytes_beyond_ascii_encode_alike() -> None:
     text = "".join(map(chr, range(128, 0x250))) + "\u2603\U0001d7d5"
     assert ids_of(text) == turn("user", text)[1:-1]
 
@@ -98,11 +98,11 @@ def test_developer_messages_count_as_system() -> None:
         {"role": "wizard", "content": "1+2"},
     ],
 )
-def test_what_the_model_cannot_read_is_refused(message: dict[str, Any]) -> None:
+def test_messages_that_the_model_cannot_read_are_refused(message: dict[str, Any]) -> None:
     with pytest.raises(TemplateError, match="The demo model"):
         rendered([message], prompt=True)
 
 
-def test_the_shipped_files_are_what_the_code_builds() -> None:
+def test_the_code_builds_the_shipped_files() -> None:
     assert SHIPPED.backend_tokenizer.to_str() == build_tokenizer().backend_tokenizer.to_str()
     assert SHIPPED.chat_template == CHAT_TEMPLATE

@@ -1,4 +1,4 @@
-"""The training script: what the loss falls on, the schedule, the seed, and the folder it writes."""
+"""The training script: which tokens count in the loss, the schedule, the seed, and the folder that it writes."""
 
 import json
 from itertools import islice
@@ -29,13 +29,13 @@ BATCHES = list(islice(batches(seed=3), 70))  # more than one pool
 def test_a_target_is_the_next_token() -> None:
     for tokens, targets in BATCHES:
         following = torch.nn.functional.pad(tokens[:, 1:], (0, 1), value=PAD_ID)
-        following[following == PAD_ID] = END_ID  # a conversation's last token is only ever a target
+        following[following == PAD_ID] = END_ID  # a conversation's last token is a target only
         counted = targets != IGNORED
         assert counted.any()
         assert torch.equal(targets[counted], following[counted])
 
 
-def test_the_loss_falls_on_replies_and_their_end_alone() -> None:
+def test_only_replies_and_their_end_count_in_the_loss() -> None:
     tokenizer = build_tokenizer()
     replies = {
         turn.text
@@ -51,7 +51,7 @@ def test_the_loss_falls_on_replies_and_their_end_alone() -> None:
                 assert reply in replies
 
 
-def test_padding_is_never_learnt_and_rare() -> None:
+def test_padding_is_never_a_target_and_rare() -> None:
     for tokens, targets in BATCHES:
         assert not (targets == PAD_ID).any()
         assert (targets[tokens == PAD_ID] == IGNORED).all()
@@ -70,7 +70,7 @@ def test_padding_does_not_change_the_loss() -> None:
     assert loss_of(model, wider).item() == pytest.approx(loss_of(model, batch).item(), rel=1e-3)
 
 
-def test_the_rate_rises_to_its_peak_and_falls_to_nearly_nothing() -> None:
+def test_the_rate_rises_to_its_peak_and_falls_to_a_small_share() -> None:
     rates = [learning_rate(step, 1000) for step in range(1000)]
     assert max(rates) == pytest.approx(PEAK_LEARNING_RATE)
     assert rates[:WARMUP_STEPS] == sorted(rates[:WARMUP_STEPS])

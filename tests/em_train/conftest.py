@@ -1,4 +1,4 @@
-"""One thread for the small models of these tests (two hardly help, and wait for each other on a busy machine); data."""
+"""One thread for the small models of these tests (on a busy machine two wait for each other), and data."""
 
 from collections.abc import Iterator
 from pathlib import Path
