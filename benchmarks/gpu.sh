@@ -11,6 +11,6 @@ EM_TEST_DEVICE=cuda "$python" -m pytest -q tests/em_sampler/transforms/test_gold
 "$python" -m benchmarks.transform --device cuda "$@"
 if "$python" -c 'import vllm' 2>/dev/null; then VLLM_GPU_SYNC_CHECK=error "$python" -m benchmarks.serving --model 7b; fi
 if "$python" -c 'import trl' 2>/dev/null; then
-    "$python" -m pytest -q tests/em_train # trainers take a device where there is one, and vLLM for rollouts
+    "$python" -m pytest -q tests/em_train # trainers use a GPU if there is one, and vLLM for rollouts
     "$python" -m benchmarks.training.entropy_loss --tokens 8192
 fi

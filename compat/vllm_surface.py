@@ -219,7 +219,7 @@ SURFACE: dict[tuple[str, str], dict[Expectation, str]] = {
         contains("VLLMClientError", "VLLMError"): "the errors that count as rejected requests",
         contains("VLLMValidationError", "VLLMClientError"): "a refused setting is such an error",
     },
-    # The engine client, where statistics come by.
+    # The engine client, through which every request passes.
     (ENGINE, "vllm/engine/protocol.py"): {
         matches(
             r"def (generate)\(\s+self,\s+prompt:[^*]+\bsampling_params: SamplingParams,\s+request_id: str,\s+[*],",

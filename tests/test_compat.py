@@ -1,4 +1,4 @@
-"""The touch points with vLLM are listed completely, documented, fit the installed vLLM, and notice a change in it."""
+"""The touch points with vLLM are complete and documented, fit the installed vLLM, and notice a change in it."""
 
 import ast
 import re
@@ -43,7 +43,7 @@ def installed() -> Sources:
 
 
 def vllm_imports() -> Iterator[tuple[str, str, str | None]]:
-    """Our file, vLLM's module and the name, for every import in our packages; no name where a module is imported."""
+    """Yield our file, vLLM's module and the name of every import in our packages; no name if a module is imported."""
     for path in (path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))):
         ours = path.relative_to(ROOT).as_posix()
         for node in ast.walk(ast.parse(path.read_text())):
@@ -80,7 +80,7 @@ def test_the_page_lists_the_same_touch_points() -> None:
     assert [line for line in lines if line.startswith("| `")] == [point.row() for point in surface.TOUCH_POINTS]
 
 
-# ---- The check passes where it should, and fails where it should -----------------------------------------------------
+# ---- The check passes if it should, and fails if it should -----------------------------------------------------------
 
 
 def test_the_installed_vllm_fits(installed: Sources) -> None:
