@@ -135,11 +135,11 @@ def test_vocabularies_in_turn_are_all_kept(builds: Builds) -> None:
 
 
 def test_the_implementations_used_longest_ago_are_dropped(builds: Builds) -> None:
-    vocabularies = list(range(20, 20 + MAX_KEPT + 1))
-    for vocab in [*vocabularies, *vocabularies[1:], vocabularies[0]]:
+    first, second, *others = vocabularies = list(range(20, 20 + MAX_KEPT))
+    for vocab in [*vocabularies, first, 60, *others, first, second]:  # `second` makes room for 60
         before = rows_of(vocab, 5, vocab)
         assert_equal(em_sampler.transform(before.clone(), MIXED), numba_cpu(before, MIXED))
-    assert [vocab for vocab, _ in builds.sizes] == [*vocabularies, vocabularies[0]]
+    assert [vocab for vocab, _ in builds.sizes] == [*vocabularies, 60, second]
     assert len(dispatch._shared._kept) == MAX_KEPT
 
 
