@@ -3,7 +3,7 @@
 Needs neither vLLM nor, until a transform is used, torch: what needs torch is imported when it is first asked for.
 """
 
-from importlib import import_module
+from importlib import import_module, metadata
 from typing import TYPE_CHECKING, Any
 
 from em_sampler.params import AdaptiveTemperatureParams, EMInfParams, MeasureParams
@@ -19,7 +19,9 @@ _LAZY = {"TransformOutput": "em_sampler.transforms.batch", "transform": "em_samp
 
 
 def __getattr__(name: str) -> Any:
-    """Import a name of `_LAZY` from its module."""
+    """Import a name of `_LAZY` from its module, or look up the version, which pyproject.toml alone states."""
+    if name == "__version__":
+        return metadata.version("em-inf-server")
     if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(_LAZY[name]), name)

@@ -6,7 +6,6 @@ vLLM's routes are rebuilt around their own handlers, never copied. Contract: vll
 from argparse import Namespace
 from collections.abc import Callable, Coroutine, Sequence
 from http import HTTPStatus
-from importlib import metadata
 from typing import Any
 
 from fastapi import Depends, FastAPI, Request
@@ -16,6 +15,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 from vllm.engine.protocol import EngineClient
 
+import em_sampler
 from em_sampler.params import EXTRA_ARGS_KEY
 from em_sampler.vllm_plugin.processor import EMInfLogitsProcessor
 from em_sampler.vllm_plugin.version import installed_vllm
@@ -106,7 +106,7 @@ class EMInfEndpoints:
 
     def _settings(self, engine_client: EngineClient | None, args: Namespace) -> Settings:
         unavailable = _unavailable(engine_client)
-        versions = {"em-inf-server": metadata.version("em-inf-server"), "vllm": installed_vllm() or ""}
+        versions = {"em-inf-server": em_sampler.__version__, "vllm": installed_vllm() or ""}
         settings = Settings.from_args(args, unavailable, versions)
         if not unavailable and not self.rebuilt:
             raise RuntimeError(f"none of {', '.join(SAMPLING_ROUTES)} was found in vLLM's app: em_inf would be ignored")

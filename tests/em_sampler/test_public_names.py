@@ -2,6 +2,8 @@
 
 import subprocess
 import sys
+import tomllib
+from pathlib import Path
 
 import pytest
 
@@ -36,6 +38,11 @@ def test_the_public_names() -> None:
     assert em_sampler.TransformOutput is batch.TransformOutput
     for name in em_sampler.__all__:
         assert getattr(em_sampler, name).__name__ == name
+
+
+def test_the_version_is_the_projects() -> None:
+    pyproject = tomllib.loads((Path(__file__).resolve().parents[2] / "pyproject.toml").read_text())
+    assert em_sampler.__version__ == pyproject["project"]["version"]
 
 
 def test_an_unknown_name_is_an_attribute_error() -> None:
