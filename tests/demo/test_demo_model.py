@@ -74,6 +74,7 @@ def test_generation_config_has_the_end_token_and_no_sampling_parameter() -> None
     assert set(settings) <= {"eos_token_id", "pad_token_id", "transformers_version", "_from_model_config"}
 
 
+@pytest.mark.slow
 def test_greedy_accuracy_on_held_out_problems_is_in_the_window(solver: Solver) -> None:
     asked = problems("held_out", SAMPLE, SEED)
     replies = solver.replies([problem.question for problem in asked], temperature=0.0)

@@ -17,6 +17,7 @@ from demo.train import (
     Batch,
     batches,
     build_model,
+    build_optimizer,
     learning_rate,
     loss_of,
     save,
@@ -78,17 +79,37 @@ def test_the_rate_rises_to_its_peak_and_falls_to_a_small_share() -> None:
     assert 0 < rates[-1] < 0.03 * PEAK_LEARNING_RATE
 
 
-def test_training_is_seeded_and_saves_what_a_server_needs(tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_training_is_seeded() -> None:
     first, again, other = (train(steps=2, seed=seed) for seed in (1, 1, 2))
     weights = [torch.cat([p.detach().flatten() for p in model.parameters()]) for model in (first, again, other)]
     assert torch.equal(weights[0], weights[1])
     assert not torch.equal(weights[0], weights[2])
-    save(first, tmp_path)
+
+
+def test_the_saved_folder_has_what_a_server_needs(tmp_path: Path) -> None:
+    save(build_model(), tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "bfloat16"
     assert json.loads((tmp_path / "generation_config.json").read_text())["eos_token_id"] == END_ID
     assert (tmp_path / "tokenizer.json").exists() and (tmp_path / "model.safetensors").exists()
 
 
+def test_optimizer_steps_lower_the_loss_on_their_batch() -> None:
+    torch.manual_seed(1)
+    model = build_model()
+    optimizer = build_optimizer(model)
+    batch = Batch(*(tensor[:2] for tensor in BATCHES[0]))
+    losses = []
+    for _ in range(4):
+        loss = loss_of(model, batch)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 0.3
+
+
+@pytest.mark.slow
 def test_a_few_steps_lower_the_loss() -> None:
     torch.manual_seed(1)
     untrained, trained = build_model(), train(steps=12, seed=1)

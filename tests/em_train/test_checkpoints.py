@@ -11,7 +11,9 @@ import time
 from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 
+from em_train.checkpoints import write_errors_as_oserror
 from em_train.prompts import InputError
 from em_train.run import run
 from tests.em_train.support import SMALL, curve, ft, rl, train, weights
@@ -71,7 +73,17 @@ def test_kill_9_loses_nothing_that_was_saved(prompts: Path, tmp_path: Path):
     assert weights(out) == weights(tmp_path / "alone")
 
 
-@pytest.mark.parametrize("room", [pytest.param(3, marks=pytest.mark.slow), 10])
+def test_only_errors_of_writing_become_an_oserror(data: Path, tmp_path: Path):
+    settings = ft(outputs=data, out=tmp_path)
+    for error in (SafetensorError("disk"), RuntimeError("[enforce fail at inline_container.cc:668] . unexpected pos")):
+        with pytest.raises(OSError, match="a checkpoint could not be written to"), write_errors_as_oserror(settings):
+            raise error
+    with pytest.raises(RuntimeError, match="shapes"), write_errors_as_oserror(settings):
+        raise RuntimeError("shapes do not match")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("room", [3, 10])
 def test_a_full_disk_is_one_clear_error_and_the_run_can_be_resumed(room: int, prompts: Path, tmp_path: Path):
     """Limits files to 3 MB for the first run, less than the weights, or to 10 MB, less than Adam's state."""
     settings = {"prompts": str(prompts), "fresh_every": 1, "steps": 2}

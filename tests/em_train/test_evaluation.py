@@ -5,7 +5,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from em_train.evaluation import GuardedTrainerMixin
+from answers.extract import Answer
+from em_train.evaluation import GuardedTrainerMixin, is_right
 from em_train.guards import Evaluation
 from tests.em_train.support import ft, rl, train, weights, write_prompts
 
@@ -17,6 +18,19 @@ def test_the_held_out_score_or_else_the_step_selects_the_checkpoint():
     assert trainer._checkpoint_metric(Evaluation(entropy=0.3, length=100, repetition=0.1, score=0.6)) == 0.6
     trainer.stop_reason = "outputs have shrunk"
     assert trainer._checkpoint_metric(Evaluation(entropy=0.3, length=10, repetition=0.1, score=0.6)) == -1
+
+
+@pytest.mark.parametrize(
+    ("reply", "wanted", "right"),
+    [
+        ("3+4=7\n\\boxed{7}", "7", True),
+        ("\\boxed{7.0}", "so it is \\boxed{7}", True),  # an answer written as in a reply
+        ("\\boxed{8}", "7", False),
+        ("7", "7", False),
+    ],
+)
+def test_an_answer_is_right_if_it_equals_the_wanted_one(reply: str, wanted: str, right: bool):
+    assert is_right(Answer(type="boxed"), reply, wanted) is right
 
 
 @pytest.mark.slow

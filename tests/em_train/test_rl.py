@@ -69,7 +69,7 @@ def test_the_reward_is_the_policys_own_confidence(reward: str, tmp_path: Path, m
     batch = spy.inputs[0]
     ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
     mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
-    model = AutoModelForCausalLM.from_pretrain(settings.model, dtype=torch.float64).eval()
+    model = AutoModelForCausalLM.from_pretrained(settings.model, dtype=torch.float64).eval()
     with torch.no_grad():
         logp = (
             model(input_ids=ids, attention_mask=mask)
@@ -84,6 +84,7 @@ def test_the_reward_is_the_policys_own_confidence(reward: str, tmp_path: Path, m
     assert curve(report, f"rewards/{reward}_sum/mean")[0] == pytest.approx(sum(wanted) / len(wanted), abs=1e-3)
 
 
+@pytest.mark.slow
 def test_the_labelled_reference_rewards_right_answers(tmp_path: Path):
     report = train(rl(prompts=str(write_prompts(tmp_path / "p", 4)), out=tmp_path / "o", reward="correct"))
     assert all(0 < share <= 1 for share in curve(report, "rewards/correct/mean"))

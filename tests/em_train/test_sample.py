@@ -36,7 +36,7 @@ def test_every_prompt_gets_its_outputs_with_entropies_and_ft_trains_on_them(prom
     found = rows(out)
     questions = rows(prompts)
     assert [(row["prompt"], row["sample"]) for row in found] == [(p["prompt"], i) for p in questions for i in (0, 1)]
-    tokenizer = AutoTokenizer.from_pretrain(demo.MODEL_PATH)
+    tokenizer = AutoTokenizer.from_pretrained(demo.MODEL_PATH)
     for row in found:
         assert row["tokens"] == len(row["token_ids"])
         assert row["output"] == tokenizer.decode(row["token_ids"], skip_special_tokens=True)
