@@ -6,7 +6,8 @@ set -eu
 cd "$(dirname "$0")/.."
 python=${PYTHON:-.venv/bin/python}
 EM_TEST_DEVICE=cuda "$python" -m pytest -q tests/em_sampler/transforms/test_golden.py \
-    tests/em_sampler/transforms/test_implementations.py tests/em_sampler/transforms/test_triton_cuda.py \
+    tests/em_sampler/transforms/test_implementations.py tests/em_sampler/transforms/test_dispatch.py \
+    tests/em_sampler/transforms/test_triton_cuda.py \
     tests/em_sampler/transforms/test_dispatch.py \
     tests/em_sampler/stats/test_recorder.py::test_a_buffer_takes_a_step_to_the_host
 "$python" -m benchmarks.transform --device cuda "$@"
