@@ -4,7 +4,6 @@ A row's logits are counted in a histogram that is fine where the transform is no
 4,096 cells, each with a tangent; every logit then moves by the tangent of its cell: docs/the-transform.md.
 """
 
-
 import torch
 import triton
 import triton.language as tl
