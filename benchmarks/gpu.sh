@@ -8,7 +8,6 @@ python=${PYTHON:-.venv/bin/python}
 EM_TEST_DEVICE=cuda "$python" -m pytest -q tests/em_sampler/transforms/test_golden.py \
     tests/em_sampler/transforms/test_implementations.py tests/em_sampler/transforms/test_dispatch.py \
     tests/em_sampler/transforms/test_triton_cuda.py \
-    tests/em_sampler/transforms/test_dispatch.py \
     tests/em_sampler/stats/test_recorder.py::test_a_buffer_takes_a_step_to_the_host
 "$python" -m benchmarks.transform --device cuda "$@"
 if "$python" -c 'import vllm' 2>/dev/null; then VLLM_GPU_SYNC_CHECK=error "$python" -m benchmarks.serving --model 7b; fi
