@@ -53,9 +53,8 @@ def test_kill_9_loses_nothing_that_was_saved(prompts: Path, tmp_path: Path):
     env = os.environ | {"OMP_NUM_THREADS": "1"}  # as many threads as here: the results are compared bit for bit
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=env)
     try:
-        deadline = time.monotonic() + 600
         while not (out / "checkpoints" / "checkpoint-2" / "trainer_state.json").is_file():
-            assert process.poll() is None and time.monotonic() < deadline, process.communicate()[1][-2000:]
+            assert process.poll() is None, process.communicate()[1][-2000:]
             time.sleep(0.01)
     finally:
         process.send_signal(signal.SIGKILL)

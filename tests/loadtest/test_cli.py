@@ -47,12 +47,27 @@ def test_a_run_writes_its_files_and_the_other_commands_read_them(tmp_path: Path,
 
 
 @pytest.mark.parametrize(
-    ("script", "kind"), [({"refused": 0.5}, "HTTP 500"), ({"reset": 0.5}, "connection"), ({"stalled": 0.5}, "stalled")]
+    ("script", "changes", "kind"),
+    [
+        ({"refused": 0.5}, {}, "HTTP 500"),
+        ({"reset": 0.5}, {}, "connection"),
+        (
+            {"stalled": 0.5},
+            {
+                "limits": {"stall_s": 3, "lag_ms": 1e6},  # 3 s are enough for a reply's first byte on a slow machine
+                "loads": [{"type": "closed", "concurrency": 10}],  # all questions stall at the same time
+                "warmup": 0,
+            },
+            "stalled",
+        ),
+    ],
 )
-def test_errors_of_the_server_fail_the_run_and_are_counted(tmp_path: Path, capsys: Any, script: Any, kind: str) -> None:
+def test_errors_of_the_server_fail_the_run_and_are_counted(
+    tmp_path: Path, capsys: Any, script: Any, changes: Any, kind: str
+) -> None:
     out = tmp_path / "out"
     with serve(tokens=4, **script) as served:
-        path = write(tmp_path, limits={"stall_s": 0.5}, arms={"a": None})
+        path = write(tmp_path, arms={"a": None}, **changes)
         assert main(["run", str(path), "--base-url", served.url, "--out", str(out)]) == 1
     assert "of 10 questions were not answered" in capsys.readouterr().err
     results = json.loads((out / "results.json").read_text())

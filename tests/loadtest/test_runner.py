@@ -1,14 +1,19 @@
 """Scenarios against the mock server: what is asked, in which order, and which reply wins a vote."""
 
 import asyncio
+import time
 from collections import Counter
 from typing import Any
 
+import pytest
+
 from answers.extract import Answer
+from loadtest import runner
 from loadtest.client import Client
 from loadtest.measurements import MeasuredRequest, Stage
-from loadtest.runner import Runner, vote_winner
+from loadtest.runner import Runner, answers_per_second, vote_winner
 from loadtest.tasks.registry import load_task
+from tests.loadtest import measured
 from tests.loadtest.example import scenario
 from tests.loadtest.mock_server import Served, serve
 
@@ -109,15 +114,38 @@ def test_accuracy_is_the_scripted_one_and_a_vote_is_better() -> None:
     assert all(len({request.seed for request in question.requests}) == 9 for question in votes.questions)
 
 
-def test_a_sweep_ends_when_more_concurrency_gives_no_more_answers() -> None:
-    """The mock has no limit, so the first levels grow; if `gain` asks for 1,000 %, only the first level is enough."""
-    load = {"type": "sweep", "most": 64}
+@pytest.mark.parametrize(
+    ("sweep", "levels"),
+    [
+        ({"most": 4}, [1, 2, 4]),
+        ({"most": 64}, [1, 2, 4, 8, 16]),
+        ({"most": 64, "gain": 10.0}, [1, 2]),
+    ],
+)
+def test_a_sweep_ends_when_more_concurrency_gives_no_more_answers(
+    sweep: dict[str, Any], levels: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Answers per second double up to a concurrency of 8, and then gain 4 %, less than the 5 % that are asked for."""
+    rates = {1: 10.0, 2: 20.0, 4: 40.0, 8: 80.0, 16: 83.2, 32: 83.2, 64: 83.2}
+    monkeypatch.setattr(runner, "answers_per_second", lambda stage: rates[stage.target_load])
+    with serve(tokens=1) as served:
+        stages = run(served, loads=[{"type": "sweep"} | sweep], repetitions=1, warmup=0, arms={"a": None})
+    assert [stage.target_load for stage in stages] == levels
+
+
+def test_answers_per_second_count_complete_replies() -> None:
+    questions = [*measured.answered(1, 3), measured.question(measured.broken("failed", "HTTP 500"))]
+    assert answers_per_second(measured.stage(*questions)) == pytest.approx(3 / 10)
+    assert answers_per_second(measured.stage(*questions, seconds=0.0)) == 0
+
+
+def test_a_stage_lasts_from_its_first_question_to_its_last_answer() -> None:
+    """Ten questions one after another, and no longer than the test itself."""
+    began = time.monotonic()
     with serve(tokens=1, first_token=0.02) as served:
-        settings: dict[str, Any] = {"repetitions": 1, "warmup": 0, "arms": {"a": None}}
-        stages = run(served, loads=[load | {"most": 4}], **settings)
-        assert [stage.target_load for stage in stages] == [1, 2, 4]
-        stages = run(served, loads=[load | {"gain": 10.0}], **settings)
-        assert [stage.target_load for stage in stages] == [1, 2]
+        (stage,) = run(served, loads=[{"type": "closed", "concurrency": 1}], repetitions=1, warmup=0, arms={"a": None})
+    # Of the 20 ms of each question, 10 are enough: the mock's timer may end a little early.
+    assert 10 * 0.01 <= stage.seconds <= time.monotonic() - began
 
 
 def test_a_vote_is_won_by_the_first_complete_reply_with_the_most_frequent_answer() -> None:

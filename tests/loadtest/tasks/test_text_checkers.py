@@ -54,10 +54,10 @@ def test_numbers_with_units_and_texts_that_are_no_number() -> None:
 
 
 def test_a_long_hostile_box_takes_linear_time() -> None:
-    began = time.monotonic()
+    began = time.thread_time()  # processor time: what else runs does not matter
     for text in ("1" + "," * 200_000 + "1", "{" * 200_000, "\\boxed{" * 50_000, "1/" * 100_000):
         NUMBER.find(f"\\boxed{{{text}}}")
-    assert time.monotonic() - began < 10
+    assert time.thread_time() - began < 10
 
 
 def test_a_reply_without_a_number_has_no_answer() -> None:
