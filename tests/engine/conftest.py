@@ -19,20 +19,35 @@ STRESS_FLAGS = (
 )
 
 
-@pytest.fixture(scope="session")
-def runners() -> Iterator[list[Server]]:
-    with together(*(serve(*STRESS_FLAGS, runner=runner) for runner in ("v1", "v2"))) as servers:
-        yield servers
+@pytest.hookimpl(tryfirst=True)  # before -m selects
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Let essential tests run on the V1 runner alone: `make test` starts one engine."""
+    for item in items:
+        if needs_runner(item, "v2"):
+            item.own_markers = [mark for mark in item.own_markers if mark.name != "essential"]
+
+
+def needs_runner(item: pytest.Item, runner: str) -> bool:
+    params = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
+    return params.get("engine") == runner or runner in getattr(item, "fixturenames", ())
 
 
 @pytest.fixture(scope="session")
-def v1(runners: list[Server]) -> Server:
-    return runners[0]
+def runners(request: pytest.FixtureRequest) -> Iterator[dict[str, Server]]:
+    """Start the servers that the selected tests need, together."""
+    names = [name for name in ("v1", "v2") if any(needs_runner(item, name) for item in request.session.items)]
+    with together(*(serve(*STRESS_FLAGS, runner=name) for name in names)) as servers:
+        yield dict(zip(names, servers, strict=True))
 
 
 @pytest.fixture(scope="session")
-def v2(runners: list[Server]) -> Server:
-    return runners[1]
+def v1(runners: dict[str, Server]) -> Server:
+    return runners["v1"]
+
+
+@pytest.fixture(scope="session")
+def v2(runners: dict[str, Server]) -> Server:
+    return runners["v2"]
 
 
 @pytest.fixture(params=["v1", "v2"])

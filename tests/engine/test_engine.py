@@ -23,9 +23,11 @@ def test_without_em_inf_the_tokens_are_those_of_plain_vllm(engine: Server) -> No
     bodies = [{"prompt": p, "seed": i, "temperature": 1.0, "max_tokens": 12} for i, p in enumerate(PROMPTS)]
     responses = complete(engine, *bodies, one_by_one=True)
     requests = [{"prompt": b["prompt"], "params": {k: b[k] for k in b if k != "prompt"}} for b in bodies]
-    assert [tokens(r) for r in responses] == offline(requests, engine.runner, with_plugin=False)
+    plain, _ = offline(requests, engine.runner)
+    assert [tokens(r) for r in responses] == plain
 
 
+@pytest.mark.essential
 def test_sampled_frequencies_match_the_reference(engine: Server) -> None:
     """One position, many seeds, four distributions sampled in one mixed batch."""
     logprobs = full_row(complete(engine, FULL_ROW)[0])
@@ -112,12 +114,14 @@ def test_methods_reach_the_rows_of_their_requests_under_pressure(engine: Server)
         assert is_greedy == [em in (STRONG, COLD)] * len(prompts)
 
 
+@pytest.mark.essential
 def test_greedy_requests_keep_their_tokens(engine: Server) -> None:
     shared = {"prompt": PROMPTS[0], "max_tokens": 16, "temperature": 0.0}
     plain, *minimised = complete(engine, shared, shared | {"em_inf": STRONG}, shared | {"em_inf": ADAPTIVE})
     assert [tokens(r) for r in minimised] == [tokens(plain)] * 2
 
 
+@pytest.mark.essential
 def test_n_samples_share_the_method_and_differ(engine: Server) -> None:
     shared = {"prompt": UNSURE, "max_tokens": 8, "n": 4, "seed": 1, "ignore_eos": True, "temperature": 1.5}
     strong, mild = complete(engine, shared | {"em_inf": STRONG}, shared | {"em_inf": {"steps": 1}})
@@ -137,6 +141,7 @@ def test_forbidden_tokens_stay_forbidden(engine: Server) -> None:
     assert tokens(responses[1]) == [50] * 3
 
 
+@pytest.mark.essential
 def test_a_reused_slot_keeps_nothing_of_its_last_request(engine: Server) -> None:
     shared = {"prompt": PROMPTS[1], "max_tokens": 8, "ignore_eos": True, "temperature": 2.0, "seed": 11}
     before = tokens(complete(engine, shared)[0])

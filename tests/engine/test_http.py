@@ -9,7 +9,7 @@ import pytest
 from tests.engine.launch import Server
 from tests.engine.support import CHAT, STRONG
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.essential]
 
 
 @pytest.fixture

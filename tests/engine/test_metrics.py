@@ -12,11 +12,13 @@ from tests.engine.prometheus import PROMTOOL, check_counters, needs_prometheus
 pytestmark = pytest.mark.engine
 
 
+@pytest.mark.essential
 @needs_prometheus
 def test_counters_are_the_sums_over_the_responses(engine: Server, tmp_path: Path) -> None:
     check_counters(engine, tmp_path, requests=90 if engine.runner == "v1" else 12)
 
 
+@pytest.mark.essential
 @needs_prometheus
 def test_promtool_has_no_complaints(v1: Server) -> None:
     lines = httpx.get(f"{v1.url}/metrics").text.splitlines(keepends=True)
@@ -28,6 +30,7 @@ def test_promtool_has_no_complaints(v1: Server) -> None:
     assert (done.returncode, done.stdout + done.stderr) == (0, "")
 
 
+@pytest.mark.essential
 def test_requests_are_counted_by_outcome(v1: Server) -> None:
     def count(**labels: str) -> float:
         return v1.metric("em_inf_requests_total", **labels)

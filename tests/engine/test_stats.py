@@ -16,6 +16,7 @@ NONE = {"method": "none"}
 METHOD_SETTINGS: list[Any] = [EM, NONE, ADAPTIVE, EM | {"optimizer": "sgd", "learning_rate": 2.0}]
 
 
+@pytest.mark.essential
 def test_every_tokens_stats_match_the_reference(engine: Server) -> None:
     """In a mixed batch with greedy and plain requests, prompts in chunks, n = 3, and a cache too small for all."""
     bodies = [
@@ -55,6 +56,7 @@ def summaries(client: openai.OpenAI, stats: str, stream: bool, **options: Any) -
     return {summary["index"]: summary for summary in chunks[-1].em_inf}
 
 
+@pytest.mark.essential
 def test_chat(v1: Server) -> None:
     full = summaries(v1.client, "tokens", stream=False)
     assert sorted(full) == [0, 1]
@@ -64,6 +66,7 @@ def test_chat(v1: Server) -> None:
     assert summaries(v1.client, "summary", stream=False) == summaries(v1.client, "summary", stream=True) == short
 
 
+@pytest.mark.essential
 def test_a_stream_with_usage_has_both(v1: Server) -> None:
     body = {"messages": CHAT, "stream": True, "stream_options": {"include_usage": True}, "max_tokens": 5}
     body |= {"model": "demo", "em_inf": NONE | {"stats": "summary"}}
@@ -86,6 +89,7 @@ def test_prompts_of_one_request_keep_their_order(v1: Server) -> None:
     assert list(streamed)[-1].em_inf == response["em_inf"]
 
 
+@pytest.mark.essential
 @pytest.mark.parametrize("stream", [False, True])
 def test_responses(v1: Server, stream: bool) -> None:
     extra_body = {"em_inf": EM | {"stats": "tokens"}, "seed": 3}
@@ -100,6 +104,7 @@ def test_responses(v1: Server, stream: bool) -> None:
     assert summary["missing"] == 0
 
 
+@pytest.mark.essential
 def test_greedy_requests_are_measured_too(engine: Server) -> None:
     shared = {"prompt": UNSURE, "max_tokens": 8, "temperature": 0, "ignore_eos": True} | ALL_LOGPROBS
     measured, minimised = complete(
@@ -129,6 +134,7 @@ def test_tokens_after_a_stop_string_have_no_stats(v1: Server) -> None:
         assert 0 < check_stats(stopped, em_inf) < 60
 
 
+@pytest.mark.essential
 @pytest.mark.parametrize(
     ("path", "body", "param", "message"),
     [
@@ -160,6 +166,7 @@ def test_stats_that_cannot_be_returned_are_refused(
     assert param is None or response.json()["error"]["param"] == param
 
 
+@pytest.mark.essential
 def test_a_client_cannot_choose_where_stats_go(v1: Server) -> None:
     """Only the server sets the return address in extra_args; what a client puts there is overwritten or ignored."""
     forged = {"vllm_xargs": {"em_return_address": ["f" * 32, 1, 0, 1]}}
