@@ -15,9 +15,7 @@ import demo
 
 MESSAGES: Any = [{"role": "user", "content": "2+7*16-1*46+29+5"}]  # 102
 
-
-def main() -> None:
-    """Sample twice with the same seeds."""
+if __name__ == "__main__":  # vLLM may start its engine as a process that imports this file again
     # In chunked prefill, vLLM 0.32's V1 runner on the CPU dies if a request has a seed (docs/findings/upstream.md).
     llm = LLM(str(demo.MODEL_PATH), max_model_len=256, enforce_eager=True, enable_chunked_prefill=False)
     for em_inf in (False, {"threshold": 0.3}):
@@ -25,7 +23,3 @@ def main() -> None:
         [request] = llm.chat(MESSAGES, params, use_tqdm=False)
         answers = Counter(sample.text.split("\n")[-1] for sample in request.outputs)
         print(f"em_inf={em_inf}: {answers.most_common(3)}")
-
-
-if __name__ == "__main__":  # vLLM may start its engine as a process that imports this file again
-    main()

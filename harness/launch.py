@@ -25,7 +25,7 @@ PLAIN_VLLM = (sys.executable, "-m", "harness.plain_vllm")
 THREADS = max(1, len(os.sched_getaffinity(0)) - 1)  # of the model on the CPU: vLLM's own choice
 # vLLM's CPU build accepts the executor "uni" only with the first variable, and then does not set the second one.
 ONE_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "OMP_NUM_THREADS": str(THREADS)}
-START_LIMIT_S = 900  # a 7B model on CUDA first compiles and captures graphs
+START_LIMIT_S = 900  # a 7B model on CUDA first compiles and captures graphs; a server that dies is noticed at once
 STOP_LIMIT_S = 20
 
 T = TypeVar("T")
@@ -57,23 +57,17 @@ def environment() -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def serve(
-    *command: str,
-    log: Path,
-    executor: str = "uni",
-    env: Mapping[str, str] | None = None,
-    limit_s: float = START_LIMIT_S,
-) -> Iterator[Server]:
+def serve(*command: str, log: Path, executor: str = "uni", env: Mapping[str, str] | None = None) -> Iterator[Server]:
     """Run `command` on a free port and yield as soon as the server is healthy. The arguments are those of `started`.
 
     Raises:
-        RuntimeError: if the server ends, or is not healthy within `limit_s` seconds; with the end of its log.
+        RuntimeError: if the server ends, or is not healthy within START_LIMIT_S; with the end of its log.
     """
     port = free_port()
     address = ("--host", "127.0.0.1", "--port", str(port))
     with started(*command, *address, log=log, executor=executor, env=env) as process:
         server = Server(f"http://127.0.0.1:{port}", log, process.pid)
-        _wait_until_healthy(server, process, limit_s)
+        _wait_until_healthy(server, process)
         yield server
 
 
@@ -114,8 +108,8 @@ def together(*servers: contextlib.AbstractContextManager[T]) -> Iterator[list[T]
         yield list(pool.map(stack.enter_context, servers))
 
 
-def _wait_until_healthy(server: Server, process: subprocess.Popen[bytes], limit_s: float) -> None:
-    deadline = time.monotonic() + limit_s
+def _wait_until_healthy(server: Server, process: subprocess.Popen[bytes]) -> None:
+    deadline = time.monotonic() + START_LIMIT_S
     while time.monotonic() < deadline and process.poll() is None:
         with contextlib.suppress(httpx.TransportError):
             if httpx.get(f"{server.url}/health", timeout=5).status_code == 200:

@@ -16,12 +16,13 @@ import httpx
 import openai
 
 from harness import launch
-from harness.launch import EM_SERVE, ONE_PROCESS
+from harness.launch import ONE_PROCESS, START_LIMIT_S
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 API_KEY = "test-key"
-START_LIMIT_S = 240  # a start takes 25 to 45 on two idle cores
+PATIENT_SERVER = (sys.executable, "-m", "tests.engine.patient_server")
+HANG_LIMIT_S = 300  # of each wait: a slow machine stays far below it
 
 # float32, so that a row's logits do not depend on how many other rows are in the batch by more than 1e-6.
 ENGINE_FLAGS = ("--dtype", "float32", "--max-model-len", "256", "--enable-chunked-prefill")
@@ -49,22 +50,24 @@ class Server(launch.Server):
 
     @property
     def client(self) -> openai.OpenAI:
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=API_KEY, max_retries=0, timeout=300)
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=API_KEY, max_retries=0, timeout=HANG_LIMIT_S)
 
     @property
     def async_client(self) -> openai.AsyncOpenAI:
-        return openai.AsyncOpenAI(base_url=f"{self.url}/v1", api_key=API_KEY, max_retries=0, timeout=300)
+        return openai.AsyncOpenAI(base_url=f"{self.url}/v1", api_key=API_KEY, max_retries=0, timeout=HANG_LIMIT_S)
 
     @property
     def http(self) -> httpx.Client:
-        return httpx.Client(base_url=self.url, headers={"Authorization": f"Bearer {API_KEY}"}, timeout=300)
+        return httpx.Client(base_url=self.url, headers={"Authorization": f"Bearer {API_KEY}"}, timeout=HANG_LIMIT_S)
 
     def async_http(self) -> httpx.AsyncClient:
-        return httpx.AsyncClient(base_url=self.url, headers={"Authorization": f"Bearer {API_KEY}"}, timeout=300)
+        return httpx.AsyncClient(
+            base_url=self.url, headers={"Authorization": f"Bearer {API_KEY}"}, timeout=HANG_LIMIT_S
+        )
 
     def metric(self, name: str, **labels: str) -> float:
         """Return the sum of a metric's series that have these labels."""
-        lines = httpx.get(f"{self.url}/metrics", timeout=30).text.splitlines()
+        lines = httpx.get(f"{self.url}/metrics", timeout=HANG_LIMIT_S).text.splitlines()
         series = [line for line in lines if line.startswith((name + "{", name + " "))]
         wanted = [f'{label}="{value}"' for label, value in labels.items()]
         return sum(float(line.split()[-1]) for line in series if all(label in line for label in wanted))
@@ -75,9 +78,9 @@ class Server(launch.Server):
         named = {"server": server} | {f"{child.pid} {child.cmdline()[-1]}": child for child in children}
         return {name: process.memory_info().rss for name, process in named.items()}
 
-    def until(self, true: Callable[[], bool], limit: float = 60) -> None:
-        """Wait, at most `limit` seconds, for something that the server does after its response."""
-        deadline = time.monotonic() + limit
+    def until(self, true: Callable[[], bool]) -> None:
+        """Wait for something that the server does after its response."""
+        deadline = time.monotonic() + HANG_LIMIT_S
         while not true():
             assert time.monotonic() < deadline, "it did not come true"
             time.sleep(0.1)
@@ -87,9 +90,7 @@ class Server(launch.Server):
 def serve(*flags: str, runner: str = "v1", executor: str = "uni", **env: str) -> Iterator[Server]:
     """Run em-serve with `flags` and environment variables until the block ends; `executor`: see harness/launch.py."""
     command, log, variables = _em_serve(flags), _log_file(), runner_variables(runner) | env
-    with launch.serve(
-        *command, "--api-key", API_KEY, log=log, executor=executor, env=variables, limit_s=START_LIMIT_S
-    ) as server:
+    with launch.serve(*command, "--api-key", API_KEY, log=log, executor=executor, env=variables) as server:
         yield Server(server.url, server.log, server.pid, runner)
 
 
@@ -103,7 +104,7 @@ def started(*flags: str, runner: str = "v1", executor: str = "uni", **env: str) 
 
 def _em_serve(flags: tuple[str, ...]) -> list[str]:
     model = flags[:1] if flags and not flags[0].startswith("-") else ()  # vLLM wants it first
-    return [*EM_SERVE, *model, *ENGINE_FLAGS, *flags[len(model) :]]
+    return [*PATIENT_SERVER, *model, *ENGINE_FLAGS, *flags[len(model) :]]
 
 
 def _log_file() -> Path:
@@ -111,19 +112,31 @@ def _log_file() -> Path:
         return Path(file.name)
 
 
-def offline(requests: list[dict[str, Any]], runner: str, with_plugin: bool) -> list[Any]:
-    """Return what vLLM's offline `LLM` answers to `requests` (see offline.py): token ids, or an error's text.
+def offline(requests: list[dict[str, Any]], runner: str, script: Path | None = None) -> tuple[list[Any], str]:
+    """Return what vLLM's offline `LLM` answers to `requests` (see offline.py), and what was printed.
 
-    With the plugin it runs as a user's script does, in two processes; without, in one.
+    Without `script`, a `LLM` without the plugin answers, in one process. With it, the script runs as a user runs it,
+    then its `llm` answers.
     """
-    extra = {} if with_plugin else ONE_PROCESS | {"EM_INF_HIDDEN": "1"}
+    extra = {} if script else ONE_PROCESS | {"EM_INF_HIDDEN": "1"}
     with tempfile.TemporaryDirectory() as folder:
         inbox, outbox = Path(folder, "in.json"), Path(folder, "out.json")
         inbox.write_text(json.dumps(requests))
-        command = [sys.executable, str(HERE / "offline.py"), str(inbox), str(outbox)]
+        command = [
+            sys.executable,
+            str(HERE / "offline.py"),
+            str(inbox),
+            str(outbox),
+            *([str(script)] if script else []),
+        ]
         done = subprocess.run(
-            command, env=environment(runner, **extra), capture_output=True, text=True, timeout=600, check=False
+            command,
+            env=environment(runner, **extra),
+            capture_output=True,
+            text=True,
+            timeout=START_LIMIT_S,
+            check=False,
         )
         assert outbox.exists(), (done.stdout + done.stderr)[-4000:]
         answers: list[Any] = json.loads(outbox.read_text())
-    return answers
+    return answers, done.stdout

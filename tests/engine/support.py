@@ -5,7 +5,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
 from typing import Any
 
 import httpx
@@ -17,6 +16,7 @@ from em_sampler.params import parse_params
 from em_sampler.transforms import reference
 from tests.engine.launch import API_KEY, ROOT, Server
 
+EXAMPLES = ROOT / "examples"
 EM = {"threshold": 0.1, "steps": 12, "learning_rate": 0.3}
 ADAPTIVE = {"method": "adaptive_temperature", "ratio": 0.4}
 STRONG = {"threshold": 0.0, "steps": 64, "learning_rate": 10.0}  # leaves only the top token
@@ -97,14 +97,10 @@ def reference_stats(row: reference.Row, params: Any) -> tuple[float, int]:
     return reference.entropy(row), 0
 
 
-def run_example(script: str, *arguments: str, env: Mapping[str, str] = os.environ) -> str:
-    """Run a script of examples/; return what it prints."""
-    command = [sys.executable, str(ROOT / "examples" / script), *arguments]
-    done = subprocess.run(command, env=dict(env), capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return done.stdout
-
-
 def run_client_example(script: str, server: Server) -> str:
     """Run a script of examples/ that talks to `server`; return what it prints."""
-    return run_example(script, "--base-url", f"{server.url}/v1", env=os.environ | {"OPENAI_API_KEY": API_KEY})
+    command = [sys.executable, str(EXAMPLES / script), "--base-url", f"{server.url}/v1"]
+    env = os.environ | {"OPENAI_API_KEY": API_KEY}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout

@@ -2,6 +2,7 @@
 
 import ast
 import asyncio
+import contextlib
 import json
 import os
 import random
@@ -9,7 +10,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -20,14 +20,14 @@ from scipy.stats import binomtest
 
 from answers.extract import Answer
 from demo.problems import problems
-from tests.engine.launch import API_KEY, Server, serve
+from tests.engine.launch import API_KEY, HANG_LIMIT_S, Server, serve
 from tests.engine.support import CHAT, EM, run_client_example
 
 pytestmark = pytest.mark.engine
 
 IN_FLIGHT = 400
 PROBLEMS = int(os.environ.get("EM_TEST_PROBLEMS", "150"))  # docs/guide.md has the figures for 300
-LONG = {"max_tokens": 200, "ignore_eos": True}  # with 64 branches, this takes longer than any time limit here
+LONG = {"max_tokens": 200, "ignore_eos": True}
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +77,7 @@ def test_branches_are_reproducible_samples_and_the_winner_is_the_first_with_the_
     assert (outcome["n"], outcome["completed"], outcome["cancelled"], outcome["failed"]) == (4, 4, 0, 0)
 
 
+@pytest.mark.essential
 def test_the_rest_of_the_response_is_an_ordinary_completion(v1: Server) -> None:
     plain = chat(v1, None, logprobs=True, top_logprobs=2).model_dump()
     voted = chat(v1, majority(2), logprobs=True, top_logprobs=2).model_dump()
@@ -90,6 +91,7 @@ def test_the_rest_of_the_response_is_an_ordinary_completion(v1: Server) -> None:
     assert chat(v1, majority(2)).choices[0].logprobs is None
 
 
+@pytest.mark.essential
 @pytest.mark.parametrize(
     "strategy",
     [
@@ -101,13 +103,13 @@ def test_the_rest_of_the_response_is_an_ordinary_completion(v1: Server) -> None:
     ids=lambda strategy: strategy["type"] + strategy.get("weights", ""),
 )
 def test_a_stream_reports_progress_and_ends_like_the_response_without_streaming(v1: Server, strategy: Any) -> None:
-    options: dict[str, Any] = {"extra_body": {"em_inf": EM | {"stats": "summary"}}, "max_tokens": 40}
+    options: dict[str, Any] = {"extra_body": {"em_inf": EM | {"stats": "summary"}}, "max_tokens": 100}
     response = chat(v1, strategy, **options)
     chunks = list(chat(v1, strategy, stream=True, stream_options={"include_usage": True}, **options))
     progress = [chunk.strategy for chunk in chunks if "strategy" in (chunk.model_extra or {})]
     content = [chunk.choices[0].delta.content for chunk in chunks if chunk.choices]
     assert "".join(filter(None, content)) == response.choices[0].message.content
-    assert len(content) > 5  # in many chunks, like an ordinary stream
+    assert len(content) > 1  # like an ordinary stream; how many depends on the machine's speed
     assert progress[0]["completed"] == 0
     assert chunks[0].choices == chunks[-1].choices == []
     assert progress[0]["running"] > 0
@@ -236,6 +238,7 @@ def test_the_example_prints_the_outcome_of_its_vote(server: Server) -> None:
 # ---- Refinement
 
 
+@pytest.mark.essential
 def test_each_round_sees_the_reply_before_it(v1: Server) -> None:
     response: Any = chat(v1, {"type": "refinement", "rounds": 2}, content="9+4")
     first = chat(v1, None, content="9+4")
@@ -304,6 +307,7 @@ def test_requests_that_cannot_work_are_refused_with_the_reason(
     assert good.status_code == 200, good.text
 
 
+@pytest.mark.essential
 @pytest.mark.parametrize("route", ["/v1/completions", "/v1/responses", "/tokenize"])
 def test_other_routes_refuse_strategies(v1: Server, route: str) -> None:
     content = {"input" if route == "/v1/responses" else "prompt": "7"}
@@ -313,6 +317,7 @@ def test_other_routes_refuse_strategies(v1: Server, route: str) -> None:
     assert "/v1/chat/completions" in response.json()["error"]["message"]
 
 
+@pytest.mark.essential
 def test_clients_can_ask_which_strategies_there_are(v1: Server) -> None:
     strategies = v1.http.get("/v1/em_inf").json()["strategies"]
     assert set(strategies) == {"self_consistency", "refinement", "deepconf"}
@@ -324,7 +329,7 @@ def test_clients_can_ask_which_strategies_there_are(v1: Server) -> None:
 # ---- Clients that disconnect, branches that fail, limits
 
 
-STARTED = "em_inf_strategy_branches_started_total"
+STARTED, FAILED = (f"em_inf_strategy_branches_{state}_total" for state in ("started", "failed"))
 
 
 def in_engine(server: Server) -> float:
@@ -332,8 +337,16 @@ def in_engine(server: Server) -> float:
     return server.metric("vllm:num_requests_running") + server.metric("vllm:num_requests_waiting")
 
 
+def steps_until_idle(server: Server) -> float:
+    """Wait until no engine request runs or waits; return how many steps the engine has taken until then."""
+    steps = "vllm:iteration_tokens_total_count"  # steps with output, for aborted requests too
+    before = server.metric(steps)
+    server.until(lambda: not in_engine(server))
+    return server.metric(steps) - before
+
+
 def test_branches_end_when_their_client_is_killed(server: Server) -> None:
-    """If they ran to their end, the engine would be busy for much longer than the two seconds."""
+    """If they ran to their end, the engine would take more than 400 steps: 5 x 64 branches, 128 at once, 200 tokens."""
     for stream in (False, True):
         body = {"model": "demo", "messages": CHAT, "strategy": majority(64), "stream": stream, "temperature": 1} | LONG
         code = f"import httpx\nhttpx.post({server.url + '/v1/chat/completions'!r}, json={body!r}, timeout=300)"
@@ -343,12 +356,10 @@ def test_branches_end_when_their_client_is_killed(server: Server) -> None:
         server.until(lambda: server.metric(STARTED) == started + 5 * 64)  # noqa: B023  # called at once
         for client in clients:
             client.send_signal(signal.SIGKILL)
-        killed = time.monotonic()
-        server.until(lambda: not in_engine(server), limit=10)
-        assert time.monotonic() - killed < 2, "the engine was still busy 2 s after the clients were killed"
+        assert steps_until_idle(server) < 100
         for client in clients:
             client.wait()
-        server.until(lambda: server.metric("em_inf_strategy_branches_running") == 0, limit=2)
+        server.until(lambda: server.metric("em_inf_strategy_branches_running") == 0)
 
 
 def test_fifty_clients_at_random_leave_nothing_behind(server: Server) -> None:
@@ -373,9 +384,9 @@ def test_fifty_clients_at_random_leave_nothing_behind(server: Server) -> None:
 
     answered = asyncio.run(ask_all())
     assert 5 < sum(answered) < 50
-    server.until(lambda: not in_engine(server), limit=2)
-    server.until(lambda: server.metric("em_inf_strategy_branches_running") == 0, limit=2)
-    server.until(lambda: server.metric("em_inf_tracked_requests") == 0, limit=10)
+    assert steps_until_idle(server) < 50
+    server.until(lambda: server.metric("em_inf_strategy_branches_running") == 0)
+    server.until(lambda: server.metric("em_inf_tracked_requests") == 0)
     assert server.metric("em_inf_strategy_branches_started_total") == sum(map(server.metric, names))
     # All branches were released: a request with as many as allowed is accepted.
     fits = chat(server, majority(64, early_stop=True, confidence=0.6), content="9+4")
@@ -406,8 +417,19 @@ def test_more_branches_than_the_limit_get_429(server: Server) -> None:
     error = refused.json()["error"]
     assert error["message"] == f"64 branches asked for, {IN_FLIGHT - fit * 64} of {IN_FLIGHT} places are free"
     assert (error["type"], error["param"], error["code"]) == ("Too Many Requests", "body.strategy", 429)
-    server.until(lambda: not in_engine(server), limit=10)
+    assert steps_until_idle(server) < 100
     assert chat(server, majority(2)).strategy["completed"] == 2
+
+
+@contextlib.contextmanager
+def halted_engine(server: Server) -> Iterator[None]:
+    """Halt the engine's process; its API server goes on."""
+    [engine] = [process for process in server.processes() if "EngineCore" in " ".join(process.cmdline())]
+    engine.suspend()
+    try:
+        yield
+    finally:
+        engine.resume()
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -418,14 +440,17 @@ def test_branches_that_the_engine_aborts_leave_the_vote_to_the_others(server: Se
     async def vote(lost: int) -> httpx.Response:
         identity = f"lost-{lost}-{stream}"
         body = {"model": "demo", "messages": CHAT, "strategy": majority(n), "stream": stream, "temperature": 1} | LONG
+        ids = [f"chatcmpl-{identity}-{number}" for number in range(lost)]
+        failed = server.metric(FAILED)
         async with server.async_http() as client:
             request = client.post("/v1/chat/completions", json=body, headers={"X-Request-Id": identity})
-            pending = asyncio.ensure_future(request)
-            ids = [f"chatcmpl-{identity}-{number}" for number in range(lost)]
-            while not pending.done():  # again and again: it has no effect before the engine knows the branch
-                aborted = await client.post("/inference/v1/abort_requests", json={"request_ids": ids})
-                assert aborted.status_code == 200, aborted.text
-                await asyncio.sleep(0.05)
+            with halted_engine(server):  # no branch ends before it is aborted
+                pending = asyncio.ensure_future(request)
+                async with asyncio.timeout(HANG_LIMIT_S):
+                    while server.metric(FAILED) < failed + lost:  # an abort has no effect before vLLM knows the branch
+                        aborted = await client.post("/inference/v1/abort_requests", json={"request_ids": ids})
+                        assert aborted.status_code == 200, aborted.text
+                        await asyncio.sleep(0.05)
             return await pending
 
     response = asyncio.run(vote(n - 1))
