@@ -8,9 +8,10 @@ from typing import Any
 
 import psutil
 
-from tests.engine.launch import Server
+from tests.engine.launch import HANG_LIMIT_S, Server
 from tests.engine.support import CHAT
 
+DRAIN = ("--shutdown-timeout", str(2 * HANG_LIMIT_S))  # seconds; flags of a server that `check_drain` may end
 LONG: dict[str, Any] = {"model": "demo", "messages": CHAT, "temperature": 1, "max_tokens": 180}
 
 
@@ -20,11 +21,11 @@ async def check_drain(server: Server) -> None:
     first_chunks = [asyncio.Event() for _ in range(6)]
     replies = [_stream(server, seed, event) for seed, event in enumerate(first_chunks)]
     running = [asyncio.create_task(reply) for reply in (*replies, _vote(server))]
-    await asyncio.gather(*(asyncio.wait_for(event.wait(), 60) for event in first_chunks))
+    await asyncio.gather(*(asyncio.wait_for(event.wait(), HANG_LIMIT_S) for event in first_chunks))
     async with server.async_http() as http:
         assert (await http.get("/health/ready")).status_code == 200
         os.kill(server.pid, signal.SIGTERM)
-        deadline = time.monotonic() + 5
+        deadline = time.monotonic() + HANG_LIMIT_S
         while (await http.get("/health/ready")).status_code != 503:
             assert time.monotonic() < deadline, "still ready while it drains"
         assert not all(task.done() for task in running), "no request was running"
@@ -40,7 +41,7 @@ async def check_drain(server: Server) -> None:
         assert (await http.get("/health/live")).status_code == 200
         assert (await http.get("/metrics")).status_code == 200  # Prometheus can still scrape the last tokens
     await asyncio.gather(*running)
-    assert process.wait(60) == 0
+    assert await asyncio.to_thread(process.wait, HANG_LIMIT_S) == 0
 
 
 async def _stream(server: Server, seed: int, first_chunk: asyncio.Event) -> None:

@@ -16,7 +16,7 @@ import httpx
 import pytest
 
 from harness.ports import free_port
-from tests.engine.launch import Server
+from tests.engine.launch import HANG_LIMIT_S, Server
 from tests.engine.support import ADAPTIVE, EM, UNSURE, post
 
 BIN = Path(sys.executable).parent
@@ -24,40 +24,51 @@ PROMETHEUS, PROMTOOL = (shutil.which(tool, path=BIN) or shutil.which(tool) for t
 needs_prometheus = pytest.mark.skipif(not (PROMETHEUS and PROMTOOL), reason="no prometheus: see scripts/test-tools.sh")
 
 METHODS = {"em_inf": EM | {"steps": 7}, "adaptive_temperature": ADAPTIVE, "none": {"method": "none"}}
+SCRAPE_INTERVAL_S = 5
 # The last bits of float32 logits depend on the rest of the batch, so a token near a threshold may fall on either side.
 RELATIVE_TOLERANCE = 0.01
 
 
 class Prometheus:
-    """A client of a running Prometheus that scrapes one server twice a second."""
+    """A client of a running Prometheus that scrapes one server."""
 
     def __init__(self, url: str) -> None:
-        self.http = httpx.Client(base_url=url, timeout=30)
+        self.http = httpx.Client(base_url=url, timeout=HANG_LIMIT_S)
+
+    def is_ready(self) -> bool:
+        with contextlib.suppress(httpx.TransportError):
+            return self.http.get("/-/ready").status_code == 200
+        return False
 
     def next_scrape(self) -> Counter[tuple[str, str]]:
-        """Wait for the next scrape; return our series, summed by name and method (or outcome, or "")."""
-        start = time.time()
-        while float(([*self.query("timestamp(up)")] or [{"value": [0, 0]}])[0]["value"][1]) < start:
+        """Wait for the next scrape that succeeds; return its series, summed by name and method (or outcome, or "")."""
+        start, scraped_at = time.time(), 0.0
+        while scraped_at < start:
             time.sleep(0.1)
-            assert time.time() < start + 30, "Prometheus did not scrape"
+            assert time.time() < start + HANG_LIMIT_S, "Prometheus did not scrape"
+            scraped_at = max((float(up["value"][1]) for up in self.query("timestamp(up == 1)")), default=0.0)
         sums: Counter[tuple[str, str]] = Counter()
-        for series in self.query('{__name__=~"em_inf_.*"}'):
+        for series in self.query('{__name__=~"em_inf_.*"}', time=scraped_at):
             labels = series["metric"]
             key = labels.get("outcome", labels.get("method", "")) if "le" not in labels else "buckets"
             sums[labels["__name__"], key] += float(series["value"][1])
         return sums
 
-    def query(self, query: str) -> list[dict[str, Any]]:
-        """Return the series that `query` has now."""
-        result: list[dict[str, Any]] = self.http.get("/api/v1/query", params={"query": query}).json()["data"]["result"]
+    def query(self, query: str, **params: float) -> list[dict[str, Any]]:
+        """Return the series that `query` has now, or at `time`, in seconds since the epoch."""
+        response = self.http.get("/api/v1/query", params={"query": query} | params)
+        result: list[dict[str, Any]] = response.json()["data"]["result"]
         return result
 
 
 @contextlib.contextmanager
 def scraping(server: Server, folder: Path, name: str = "em", **config: Any) -> Iterator[Prometheus]:
-    """Run Prometheus until the block ends, with a job `name` for the server and `config` added to its configuration."""
+    """Run Prometheus until the block ends, with a job `name` for the server and `config` added to its configuration.
+
+    A scrape may take SCRAPE_INTERVAL_S: Prometheus lets none last longer than its interval.
+    """
     target = server.url.removeprefix("http://")
-    job = {"job_name": name, "scrape_interval": "500ms", "static_configs": [{"targets": [target]}]}
+    job = {"job_name": name, "scrape_interval": f"{SCRAPE_INTERVAL_S}s", "static_configs": [{"targets": [target]}]}
     (folder / "prometheus.yml").write_text(json.dumps({"scrape_configs": [job]} | config))
     address = f"127.0.0.1:{free_port()}"
     options = ("--config.file", "prometheus.yml", "--storage.tsdb.path", "data", "--web.listen-address", address)
@@ -65,16 +76,11 @@ def scraping(server: Server, folder: Path, name: str = "em", **config: Any) -> I
         process = subprocess.Popen([str(PROMETHEUS), *options], cwd=folder, stdout=log, stderr=subprocess.STDOUT)
     try:
         prometheus = Prometheus(f"http://{address}")
-        deadline = time.monotonic() + 30
-        while time.monotonic() < deadline:
-            with contextlib.suppress(httpx.TransportError):
-                if prometheus.http.get("/-/ready").status_code == 200:
-                    break
-            time.sleep(0.1)
+        server.until(prometheus.is_ready)
         yield prometheus
     finally:
         process.terminate()
-        process.wait(30)
+        process.wait(HANG_LIMIT_S)
 
 
 def load(server: Server, stats: list[str], requests: int = 120) -> list[tuple[str, dict[str, Any]]]:

@@ -8,8 +8,8 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,10 @@ import pytest
 
 from harness.launch import together
 from harness.ports import free_port
-from tests.engine.drain import check_drain
-from tests.engine.launch import API_KEY, ROOT, Server, serve
+from tests.engine.drain import DRAIN, check_drain
+from tests.engine.launch import API_KEY, HANG_LIMIT_S, ROOT, Server, serve
 
 HAPROXY = shutil.which("haproxy", path=Path(sys.executable).parent) or shutil.which("haproxy")
-DRAIN = ("--shutdown-timeout", "60")
 QUESTIONS = [f"{a}+{b}*3-{a}" for a in range(10, 14) for b in range(21, 27)]
 
 pytestmark = [pytest.mark.engine, pytest.mark.skipif(not HAPROXY, reason="no haproxy: see scripts/test-tools.sh")]
@@ -52,7 +51,7 @@ def balancer(replicas: list[Server], tmp_path_factory: pytest.TempPathFactory) -
         yield f"http://{address}"
     finally:
         process.terminate()
-        process.wait(30)
+        process.wait(HANG_LIMIT_S)
 
 
 def _status(url: str) -> int:
@@ -61,10 +60,23 @@ def _status(url: str) -> int:
     return 0
 
 
-async def ask(client: openai.AsyncOpenAI, question: str, stream: bool, on_first: set[object]) -> str:
-    """Return a greedy reply, which is the same from every replica.
+@dataclass
+class Streams:
+    """The streams of one replica, as the client sees them."""
 
-    `on_first` holds a stream of the first replica while it is open.
+    open: set[object] = field(default_factory=set)
+    chunks: int = 0  # that have come from the replica
+
+    async def quiet(self) -> None:
+        """Wait until the client has read all that a halted replica sent: no chunk comes in 20 turns of its loop."""
+        turns, chunks = 0, self.chunks
+        while turns < 20:
+            await asyncio.sleep(0.05)
+            turns, chunks = (turns + 1 if self.chunks == chunks else 0), self.chunks
+
+
+async def ask(client: openai.AsyncOpenAI, question: str, stream: bool, on_first: Streams) -> str:
+    """Return a greedy reply, which is the same from every replica; `on_first` follows the first replica's streams.
 
     Raises:
         openai.APIError, httpx.TransportError: if the reply did not come or is incomplete.
@@ -77,30 +89,31 @@ async def ask(client: openai.AsyncOpenAI, question: str, stream: bool, on_first:
     text, ended = "", False
     chunks = await client.chat.completions.create(messages=messages, stream=True, **settings)
     if "x-request-id" in chunks.response.headers:
-        on_first.add(chunks)
+        on_first.open.add(chunks)
     try:
         async for chunk in chunks:
+            on_first.chunks += chunks in on_first.open
             text += chunk.choices[0].delta.content or ""
             ended = ended or chunk.choices[0].finish_reason == "length"
     finally:
-        on_first.discard(chunks)
+        on_first.open.discard(chunks)
     if not ended:
         raise httpx.RemoteProtocolError("the stream ended early")
     return text
 
 
-async def load(url: str, disturb: Callable[[set[object]], None]) -> tuple[list[tuple[str, str]], int, int]:
+async def load(url: str, disturb: Callable[[Streams], Awaitable[None]]) -> tuple[list[tuple[str, str]], int, int]:
     """Send the questions in turn, twelve requests at a time, every other one streamed.
 
-    After as many replies as there are questions, `disturb` is called in a thread, with the set of the first replica's
-    open streams. The load goes on until as many replies again have come after the call.
+    After as many replies as there are questions, `disturb` is called with the first replica's streams. The load goes on
+    until as many replies again have come after the call.
 
     Returns:
         The questions with their replies; how many streams and how many other requests the client had to send again.
     """
     numbers, replies, retries = itertools.count(), [], {True: 0, False: 0}
-    client = openai.AsyncOpenAI(base_url=f"{url}/v1", api_key=API_KEY, max_retries=0, timeout=120)
-    disturbed, on_first = asyncio.Event(), set[object]()
+    client = openai.AsyncOpenAI(base_url=f"{url}/v1", api_key=API_KEY, max_retries=0, timeout=HANG_LIMIT_S)
+    disturbed, on_first = asyncio.Event(), Streams()
 
     async def ask_many() -> None:
         left = len(QUESTIONS) // 12
@@ -118,7 +131,7 @@ async def load(url: str, disturb: Callable[[set[object]], None]) -> tuple[list[t
     async def disturb_midway() -> None:
         while len(replies) < len(QUESTIONS):
             await asyncio.sleep(0.01)
-        await asyncio.to_thread(disturb, on_first)
+        await disturb(on_first)
         disturbed.set()
 
     async with client:
@@ -130,15 +143,17 @@ def test_a_replica_that_is_killed_and_one_that_drains_lose_no_request(replicas: 
     first, second, third = replicas
     expected = {question: reply.content for question, reply in zip(QUESTIONS, _replies(third), strict=True)}
 
-    def kill(streams: set[object]) -> None:
+    async def kill(streams: Streams) -> None:
         """Kill the first replica while it streams: halt it, and see whether a stream is still open at the client."""
-        for _ in range(30):
-            os.killpg(first.pid, signal.SIGSTOP)
-            time.sleep(1)  # the client reads what the replica had sent
-            if streams:
-                break
-            os.killpg(first.pid, signal.SIGCONT)
-            time.sleep(0.1)
+        async with asyncio.timeout(HANG_LIMIT_S):
+            while True:
+                while not streams.open:
+                    await asyncio.sleep(0.01)
+                os.killpg(first.pid, signal.SIGSTOP)
+                await streams.quiet()
+                if streams.open:
+                    break
+                os.killpg(first.pid, signal.SIGCONT)
         os.killpg(first.pid, signal.SIGKILL)
 
     replies, streams, others = asyncio.run(load(balancer, kill))
@@ -146,7 +161,7 @@ def test_a_replica_that_is_killed_and_one_that_drains_lose_no_request(replicas: 
     assert others == 0  # HAProxy sent them to another replica
     assert 0 < streams <= 6  # only those that the killed replica had begun: its share of the twelve, and a few
 
-    replies, streams, others = asyncio.run(load(balancer, lambda _: asyncio.run(check_drain(second))))
+    replies, streams, others = asyncio.run(load(balancer, lambda _: check_drain(second)))
     assert all(expected[question] == reply for question, reply in replies)
     assert (streams, others) == (0, 0)  # no client noticed
 
