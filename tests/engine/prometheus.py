@@ -46,7 +46,7 @@ class Prometheus:
         while scraped_at < start:
             time.sleep(0.1)
             assert time.time() < start + HANG_LIMIT_S, "Prometheus did not scrape"
-            scraped_at = max((float(up["value"][1]) for up in self.query("timestamp(up == 1)")), default=0.0)
+            scraped_at = max((float(up["value"][1]) for up in self.query("timestamp(up) and up == 1")), default=0.0)
         sums: Counter[tuple[str, str]] = Counter()
         for series in self.query('{__name__=~"em_inf_.*"}', time=scraped_at):
             labels = series["metric"]
