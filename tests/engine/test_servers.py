@@ -14,10 +14,10 @@ from typing import Any
 import openai
 import pytest
 
-from harness.launch import together
+from harness.launch import EM_SERVE, START_LIMIT_S, together
 from harness.ports import free_port
-from tests.engine.drain import check_drain
-from tests.engine.launch import ENGINE_FLAGS, START_LIMIT_S, Server, environment, serve, started
+from tests.engine.drain import DRAIN, check_drain
+from tests.engine.launch import ENGINE_FLAGS, Server, environment, serve, started
 from tests.engine.prometheus import check_counters, needs_prometheus
 from tests.engine.support import ALL_LOGPROBS, CAPPED, EM, UNSURE, check_stats
 from tests.engine.support import complete as complete_all
@@ -70,7 +70,7 @@ def test_an_operators_default_and_cap_in_every_api_server(several: Server) -> No
 def test_data_parallel_engines_of_two_machines_report_to_the_server_that_asked(tmp_path: Path) -> None:
     """The second engine belongs to another em-serve, which has no API server and reaches the first by TCP alone."""
     stats_port, rpc_port = free_port(consecutive=2), str(free_port())
-    both = ("--em-inf-statistics-address", f"127.0.0.1:{stats_port}", "--shutdown-timeout", "60")
+    both = ("--em-inf-statistics-address", f"127.0.0.1:{stats_port}", *DRAIN)
     both += ("--data-parallel-size", "2", "--data-parallel-size-local", "1")
     both += ("--data-parallel-address", "127.0.0.1", "--data-parallel-rpc-port", rpc_port)
     with (
@@ -81,15 +81,34 @@ def test_data_parallel_engines_of_two_machines_report_to_the_server_that_asked(t
         asyncio.run(check_drain(server))
 
 
-def test_a_machine_without_a_compiler_answers_with_logprobs(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def special(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Server]]:
+    """Run two servers, started together: on a machine without a compiler, and with a pooling model."""
+    folder = tmp_path_factory.mktemp("machine")
     compilers = re.compile(r".*(g\+\+|gcc|clang).*|cc|c\+\+|c[89]9.*")
     names = {tool.name for tool in Path("/usr/bin").iterdir() if not compilers.fullmatch(tool.name)}
     for name in names:
-        (tmp_path / name).symlink_to(Path("/usr/bin", name))
-    path = os.pathsep.join([str(Path(sys.executable).parent), str(tmp_path)])
-    with serve(executor="mp", PATH=path, TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "cache")) as server:
-        assert complete(server, logprobs=2, max_tokens=4)
-        assert complete(server, logprobs=2, max_tokens=4, extra_body={"em_inf": True})
+        (folder / name).symlink_to(Path("/usr/bin", name))
+    path = os.pathsep.join([str(Path(sys.executable).parent), str(folder)])
+    without_compiler = serve(executor="mp", PATH=path, TORCHINDUCTOR_CACHE_DIR=str(folder / "cache"))
+    with together(without_compiler, serve("--runner", "pooling")) as servers:
+        yield servers
+
+
+def test_a_machine_without_a_compiler_answers_with_logprobs(special: list[Server]) -> None:
+    server, _ = special
+    assert complete(server, logprobs=2, max_tokens=4)
+    assert complete(server, logprobs=2, max_tokens=4, extra_body={"em_inf": True})
+
+
+def test_a_pooling_model_refuses_em_inf(special: list[Server]) -> None:
+    _, server = special
+    body = {"model": "demo", "input": "12+7"}
+    assert server.http.post("/v1/embeddings", json=body).status_code == 200
+    response = server.http.post("/v1/embeddings", json=body | {"em_inf": {"threshold": 0.3}})
+    assert response.status_code == 400
+    assert "pooling model samples no tokens" in response.json()["error"]["message"]
+    assert response.json()["error"]["param"] == "body.em_inf"
 
 
 @pytest.fixture(scope="module")
@@ -131,16 +150,6 @@ def test_v2_with_speculative_decoding_honours_em_inf(speculative: list[Server]) 
     assert server.metric("vllm:spec_decode_num_accepted_tokens_total") > accepted
 
 
-def test_a_pooling_model_refuses_em_inf() -> None:
-    with serve("--runner", "pooling") as server:
-        body = {"model": "demo", "input": "12+7"}
-        assert server.http.post("/v1/embeddings", json=body).status_code == 200
-        response = server.http.post("/v1/embeddings", json=body | {"em_inf": {"threshold": 0.3}})
-        assert response.status_code == 400
-        assert "pooling model samples no tokens" in response.json()["error"]["message"]
-        assert response.json()["error"]["param"] == "body.em_inf"
-
-
 # Flags, environment variables, and a part of the last line on standard error.
 REFUSED: list[tuple[list[str], dict[str, str], str]] = [
     (["--em-inf-default", '{"threshold": 21}'], {}, "got 21; must be a number from 0 up to 20"),
@@ -157,7 +166,7 @@ def test_flags_that_cannot_work_stop_the_start_with_one_line() -> None:
     def start(case: tuple[list[str], dict[str, str], str]) -> subprocess.CompletedProcess[str]:
         flags, variables, _ = case
         return subprocess.run(
-            [sys.executable, "-m", "server.cli", *flags, *ENGINE_FLAGS],
+            [*EM_SERVE, *flags, *ENGINE_FLAGS],
             env=environment("v1", **variables),
             capture_output=True,
             text=True,
