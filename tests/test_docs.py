@@ -3,6 +3,7 @@
 import ast
 import re
 import subprocess
+from itertools import pairwise
 from pathlib import Path
 
 import grimp
@@ -66,7 +67,7 @@ def test_the_files_and_names_of_the_main_path_exist(file: str, name: str) -> Non
 def test_each_file_of_the_way_in_is_a_floor_lower_than_the_last() -> None:
     graph = grimp.build_graph("server", "em_sampler", "answers", "demo", exclude_type_checking_imports=True)
     modules = [module(file) for file, _ in WAY_IN]
-    for upper, lower in zip(modules, modules[1:], strict=False):
+    for upper, lower in pairwise(modules):
         assert upper not in graph.find_upstream_modules(lower), f"{lower} imports {upper}"
 
 
