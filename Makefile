@@ -2,6 +2,8 @@
 PYTHON ?= python3
 HOST ?= 127.0.0.1
 PORT ?= 8000
+# Two processes: the first has the engine's tests (tests/conftest.py).
+PYTEST = .venv/bin/python -m pytest --numprocesses 2 --dist loadgroup --no-loadscope-reorder
 export PYTHON BUILD BUILDER
 
 define TRY
@@ -28,11 +30,11 @@ serve: install ## start the server; MODEL=name-or-folder (default: the demo mode
 
 test: install ## run the tests that need no engine, and one engine start with the essential checks; ARGS="more of pytest's flags"
 	@scripts/test-tools.sh
-	.venv/bin/python -m pytest -m "not slow and (essential or not engine)" $(ARGS)
+	$(PYTEST) -m "not slow and (essential or not engine)" $(ARGS)
 
 test-all: install ## run every test (what .ci/run calls); ARGS="-k name" or "-m 'not engine'" chooses some
 	@scripts/test-tools.sh
-	.venv/bin/python -m pytest $(ARGS)
+	$(PYTEST) $(ARGS)
 
 bench: install ## measure the transform, into build/bench (minutes); ARGS="--quick", or "--rows 16 --arms ours,eager"
 	.venv/bin/python -m benchmarks.transform --out build/bench $(ARGS)

@@ -33,8 +33,14 @@ adaptive = st.builds(
 any_params = st.one_of(st.none(), em_inf, adaptive)
 any_method = st.one_of(any_params, st.just(MeasureParams()))
 seeds = st.integers(0, 2**31)
+# Triton's interpreter takes seconds for a batch: `make test` leaves it to test_golden.py and test_triton_cuda.py.
+each_implementation = pytest.mark.parametrize(
+    "implementation",
+    [pytest.param(name, marks=pytest.mark.slow if name == "triton_cuda" else ()) for name in IMPLEMENTATIONS],
+)
 
 
+@pytest.mark.slow
 @settings(max_examples=80, deadline=None)
 @given(seeds, st.sampled_from([2, 3, 17, 1000]), st.lists(any_params, min_size=1, max_size=12))
 def test_every_row_matches_the_reference(seed: int, vocab: int, params: list[Params | None]) -> None:
@@ -77,7 +83,7 @@ def near_threshold(row: torch.Tensor, params: EMInfParams) -> bool:
     return False
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@each_implementation
 @settings(max_examples=10, deadline=None)
 @given(seeds, st.lists(any_method, min_size=2, max_size=10), st.randoms(use_true_random=False))
 def test_a_row_does_not_depend_on_the_others(
@@ -95,7 +101,7 @@ def test_a_row_does_not_depend_on_the_others(
         assert torch.equal(alone.logits[0], together.logits[row])
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@each_implementation
 @settings(max_examples=12, deadline=None)
 @given(seeds, st.one_of(em_inf, adaptive))
 def test_argmax_is_kept(implementation: str, seed: int, params: Params) -> None:
@@ -105,7 +111,7 @@ def test_argmax_is_kept(implementation: str, seed: int, params: Params) -> None:
     assert torch.equal(after.gather(1, top), after.amax(1, keepdim=True))
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@each_implementation
 @settings(max_examples=10, deadline=None)
 @given(seeds, st.sampled_from([0.01, 0.05]))
 def test_plain_gradient_steps_never_raise_the_entropy(implementation: str, seed: int, rate: float) -> None:
@@ -123,7 +129,7 @@ NO_WORK = {
 }
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@each_implementation
 @pytest.mark.parametrize("params", NO_WORK.values(), ids=NO_WORK.keys())
 def test_a_row_with_nothing_to_do_keeps_every_bit(params: Params | None, implementation: str) -> None:
     before = rows_of(7, 4, 500)
@@ -137,7 +143,7 @@ def test_a_row_with_nothing_to_do_keeps_every_bit(params: Params | None, impleme
     assert not torch.equal(logits[1], before[1])
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@each_implementation
 @pytest.mark.parametrize("poison", [NAN, INF])
 @pytest.mark.parametrize("params", [EMInfParams(threshold=0.0), AdaptiveTemperatureParams(threshold=0.0)])
 def test_a_row_with_nan_or_inf_is_left_alone(params: Params, poison: float, implementation: str) -> None:
@@ -155,7 +161,7 @@ def test_a_row_with_nan_or_inf_is_left_alone(params: Params, poison: float, impl
         )
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@each_implementation
 def test_a_row_that_is_only_measured_keeps_every_bit(implementation: str) -> None:
     """Beside rows with and without a method, also if its entropy is above every threshold or cannot be measured."""
     before = rows_of(9, 6, 400)
@@ -181,7 +187,7 @@ def test_a_row_that_is_only_measured_keeps_every_bit(implementation: str) -> Non
         )
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@each_implementation
 @pytest.mark.parametrize("value", [1.7, 1.75, -0.0])  # off bfloat16's grid, on it
 @pytest.mark.parametrize("vocab", [2, 4099])
 @pytest.mark.parametrize("optimizer", ["adam", "sgd"])
@@ -195,7 +201,7 @@ def test_a_uniform_row_is_left_alone(vocab: int, optimizer: str, value: float, i
     assert torch.equal(logits, before)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@each_implementation
 @pytest.mark.parametrize("rows", [0, 1, 13, 300])
 @pytest.mark.parametrize("vocab", [2, 32_003, 151_936])
 def test_all_sizes_match_the_reference(rows: int, vocab: int, implementation: str) -> None:
@@ -252,7 +258,7 @@ METHODS: list[Params] = [
 ]
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@each_implementation
 @pytest.mark.parametrize("vocab", [5, 50, 4097])
 def test_adversarial_rows_match_the_reference(vocab: int, implementation: str) -> None:
     rows = adversarial(vocab)
@@ -271,7 +277,7 @@ def test_adversarial_rows_match_the_reference(vocab: int, implementation: str) -
             assert result.entropy_after[index].item() == pytest.approx(reference.entropy(z), abs=2e-4), case
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@each_implementation
 @pytest.mark.parametrize("origin", ["bfloat16", "float32", "mixed"])
 def test_thresholds_are_hit_at_different_steps(origin: str, implementation: str) -> None:
     before = rows_of(31, 24, 1500, masked=0.05)
@@ -290,7 +296,7 @@ def test_thresholds_are_hit_at_different_steps(origin: str, implementation: str)
     assert len(set(wanted)) > 5
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@each_implementation
 def test_rows_may_lie_apart_in_memory(implementation: str) -> None:
     """As after vLLM has sliced the padding off its vocabulary."""
     padded = rows_of(17, 6, 700)
@@ -302,7 +308,7 @@ def test_rows_may_lie_apart_in_memory(implementation: str) -> None:
     assert torch.equal(padded[:, 601:], kept[:, 601:])
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@each_implementation
 def test_a_wide_temperature_range_is_searched_to_the_end(implementation: str) -> None:
     before = rows_of(11, 6, 500, masked=0.0)
     params = AdaptiveTemperatureParams(ratio=0.05, threshold=0.0, min_temperature=0.001, max_temperature=10.0)
@@ -313,7 +319,7 @@ def test_a_wide_temperature_range_is_searched_to_the_end(implementation: str) ->
         assert (before[row] / after[row]).mean().item() == pytest.approx(t, rel=1e-3)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@each_implementation
 def test_targets_out_of_reach_end_at_the_bounds(implementation: str) -> None:
     two_tops = torch.tensor([[5.0, 5.0, 0.0, 0.0]])  # never below ln 2 nats
     cold = IMPLEMENTATIONS[implementation](
