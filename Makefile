@@ -2,8 +2,6 @@
 PYTHON ?= python3
 HOST ?= 127.0.0.1
 PORT ?= 8000
-# Two processes: the first has the engine's tests (tests/conftest.py).
-PYTEST = .venv/bin/python -m pytest --numprocesses 2 --dist loadgroup --no-loadscope-reorder
 export PYTHON BUILD BUILDER
 
 define TRY
@@ -28,13 +26,13 @@ serve: install ## start the server; MODEL=name-or-folder (default: the demo mode
 	@echo "$$TRY"
 	.venv/bin/em-serve $(MODEL) --host $(HOST) --port $(PORT) $(ARGS)
 
-test: install ## run the tests that need no engine, and one engine start with the essential checks; ARGS="more of pytest's flags"
+test: install ## run the tests that need no engine, and one engine start with the essential checks; ARGS="-k name" chooses some
 	@scripts/test-tools.sh
-	$(PYTEST) -m "not slow and (essential or not engine)" $(ARGS)
+	@scripts/test.sh essential $(ARGS)
 
-test-all: install ## run every test (what .ci/run calls); ARGS="-k name" or "-m 'not engine'" chooses some
+test-all: install ## run every test (what .ci/run calls); ARGS="-k name" chooses some
 	@scripts/test-tools.sh
-	$(PYTEST) $(ARGS)
+	@scripts/test.sh all $(ARGS)
 
 bench: install ## measure the transform, into build/bench (minutes); ARGS="--quick", or "--rows 16 --arms ours,eager"
 	.venv/bin/python -m benchmarks.transform --out build/bench $(ARGS)
