@@ -69,6 +69,7 @@ def test_a_stream_that_breaks_off_is_incomplete_and_keeps_what_arrived() -> None
     assert unstreamed.status == "failed"
 
 
+@pytest.mark.slow
 def test_a_stream_that_stalls_is_given_up() -> None:
     with serve(stalled=1.0, tokens=10) as served:
         (measured,) = send(served, STREAM, stall_s=3)  # enough for the first byte on a slow machine

@@ -202,7 +202,7 @@ def test_a_uniform_row_is_left_alone(vocab: int, optimizer: str, value: float, i
 
 
 @each_implementation
-@pytest.mark.parametrize("rows", [0, 1, 13, 300])
+@pytest.mark.parametrize("rows", [0, 1, 13, pytest.param(300, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("vocab", [2, 32_003, 151_936])
 def test_all_sizes_match_the_reference(rows: int, vocab: int, implementation: str) -> None:
     """More rows than one chunk of the workspace, real vocabularies; a sample of rows is compared."""

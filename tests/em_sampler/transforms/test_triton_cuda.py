@@ -38,7 +38,9 @@ def test_repeats_are_equal_to_the_bit() -> None:
         assert torch.equal(one.view(torch.int32), other.view(torch.int32))
 
 
-@pytest.mark.parametrize("origin", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize(
+    "origin", [torch.bfloat16, *(pytest.param(each, marks=pytest.mark.slow) for each in (torch.float16, torch.float32))]
+)
 def test_many_steps_match_the_reference(origin: torch.dtype) -> None:
     """Over 64 steps, errors of the tangents and of the retraced logits add up."""
     before = normal_rows(3).to(origin).float()

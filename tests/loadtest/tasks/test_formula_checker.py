@@ -54,6 +54,7 @@ def test_formulas_are_compared_by_value(boxed: FormulaChecker, answer: str, corr
     ]
 
 
+@pytest.mark.slow
 def test_formulas_that_hang_are_wrong_in_time_and_the_next_check_works(monkeypatch: pytest.MonkeyPatch) -> None:
     checker = FormulaChecker()
     start_worker = formula_checker._start_worker
