@@ -1,6 +1,7 @@
 #!/bin/sh
-# test.sh essential|all [FLAG...]: runs pytest with FLAGs in two processes at a time. One has the engine's tests, which wait
-# much, the other all else; what the first prints comes at the end. Fails if either does, or if FLAGs select no test.
+# test.sh essential|all [FLAG...]: runs pytest with FLAGs in two processes at a time. The one in the foreground has the
+# engine's tests, so that Ctrl-C lets it stop its servers; the other has the rest, and what it prints comes at the end.
+# Fails if either does, or if FLAGs select no test.
 set -u
 cd "$(dirname "$0")/.."
 case $1 in
@@ -11,15 +12,15 @@ esac
 shift
 
 output=$(mktemp)
-.venv/bin/python -m pytest -m "$engine" "$@" >"$output" 2>&1 &
-engine_tests=$!
-trap 'kill $engine_tests 2>/dev/null; rm -f "$output"' EXIT
+.venv/bin/python -m pytest -m "$others" "$@" >"$output" 2>&1 &
+other_tests=$!
+trap 'kill $other_tests 2>/dev/null; rm -f "$output"' EXIT
 trap 'exit 130' INT TERM
-.venv/bin/python -m pytest -m "$others" "$@"
-others_status=$?
-wait $engine_tests
+.venv/bin/python -m pytest -m "$engine" "$@"
 engine_status=$?
-echo && echo "Tests that start an engine:" && cat "$output"
+wait $other_tests
+others_status=$?
+echo && echo "Tests that start no engine:" && cat "$output"
 
 no_tests=5 # pytest's status if nothing was selected
 [ $others_status = $no_tests ] && exit $engine_status
