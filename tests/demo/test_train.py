@@ -79,7 +79,13 @@ def test_the_rate_rises_to_its_peak_and_falls_to_a_small_share() -> None:
     assert 0 < rates[-1] < 0.03 * PEAK_LEARNING_RATE
 
 
-@pytest.mark.slow
+@pytest.fixture
+def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Train on 4 conversations a step, in place of 32: an eighth of the time."""
+    monkeypatch.setattr("demo.train.BATCH_SIZE", 4)
+
+
+@pytest.mark.usefixtures("small_batches")
 def test_training_is_seeded() -> None:
     first, again, other = (train(steps=2, seed=seed) for seed in (1, 1, 2))
     weights = [torch.cat([p.detach().flatten() for p in model.parameters()]) for model in (first, again, other)]
@@ -110,6 +116,7 @@ def test_optimizer_steps_lower_the_loss_on_their_batch() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("small_batches")
 def test_a_few_steps_lower_the_loss() -> None:
     torch.manual_seed(1)
     untrained, trained = build_model(), train(steps=12, seed=1)

@@ -1,20 +1,10 @@
-"""One thread for the small models of these tests (on a busy machine two wait for each other), and data."""
+"""Prompts and outputs to train on."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
 from tests.em_train.support import write_outputs, write_prompts
-
-
-@pytest.fixture(autouse=True, scope="package")
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

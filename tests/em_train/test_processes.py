@@ -44,7 +44,7 @@ def launch(config: str, command: str, **given: Any) -> dict[str, Any]:
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in (SMALL | given).items()]
     done = subprocess.run(
         [*launcher, str(HERE / "cpu_launch.py"), command, *flags],
-        env=os.environ | {"ACCELERATE_TORCH_DEVICE": "cpu", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"},
+        env=os.environ | {"ACCELERATE_TORCH_DEVICE": "cpu", "DS_ACCELERATOR": "cpu"},
         capture_output=True,
         text=True,
         check=False,

@@ -24,7 +24,7 @@ PROMETHEUS, PROMTOOL = (shutil.which(tool, path=BIN) or shutil.which(tool) for t
 needs_prometheus = pytest.mark.skipif(not (PROMETHEUS and PROMTOOL), reason="no prometheus: see scripts/test-tools.sh")
 
 METHODS = {"em_inf": EM | {"steps": 7}, "adaptive_temperature": ADAPTIVE, "none": {"method": "none"}}
-SCRAPE_INTERVAL_S = 5
+SCRAPE_INTERVAL_S = 2
 # The last bits of float32 logits depend on the rest of the batch, so a token near a threshold may fall on either side.
 RELATIVE_TOLERANCE = 0.01
 

@@ -33,7 +33,7 @@ def test_sampled_frequencies_match_the_reference(engine: Server) -> None:
     logprobs = full_row(complete(engine, FULL_ROW)[0])
     assert reference.entropy(logprobs) > 0.7, "the model is too sure of the next token for this test"
     configs: list[tuple[Any, float]] = [(None, 1.0), (EM, 1.0), (EM, 2.0), (ADAPTIVE, 1.0)]  # em_inf, temperature
-    rounds, n = (8, 100) if engine.runner == "v1" else (2, 100)
+    rounds, n = (8, 100) if engine.runner == "v1" else (1, 150)
     shared = {"prompt": UNSURE, "max_tokens": 1, "n": n}
     bodies = [
         shared | {"temperature": t, "seed": 1000 * r + 100_000 * a} | ({"em_inf": em} if em else {})
@@ -102,7 +102,8 @@ def test_methods_reach_the_rows_of_their_requests_under_pressure(engine: Server)
     # Many prompts in each request, so that they wait inside the engine: the cache runs out, however fast the machine.
     prompts = ["Q" * (70 * (i % 3)) + UNSURE for i in range(12 if engine.runner == "v1" else 3)]
     bodies = [
-        {"prompt": prompts, "max_tokens": 16 + 11 * i, "ignore_eos": True} | ({} if em is None else {"em_inf": em})
+        {"prompt": prompts, "max_tokens": (16 if engine.runner == "v1" else 8) + 8 * i, "ignore_eos": True}
+        | ({} if em is None else {"em_inf": em})
         for i, em in enumerate(methods)
     ]
     greedy = complete(engine, *[body | {"temperature": 0} for body in bodies])

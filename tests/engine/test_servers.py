@@ -1,4 +1,4 @@
-"""Servers with other flags: several processes, an operator's default and cap, speculative decoding, a pooling model."""
+"""Servers with other flags: several processes, an operator's default and cap, traces, speculation, a pooling model."""
 
 import asyncio
 import json
@@ -19,6 +19,7 @@ from harness.ports import free_port
 from tests.engine.drain import DRAIN, check_drain
 from tests.engine.launch import ENGINE_FLAGS, Server, environment, serve, started
 from tests.engine.prometheus import check_counters, needs_prometheus
+from tests.engine.spans import SpanServer
 from tests.engine.support import ALL_LOGPROBS, CAPPED, EM, UNSURE, check_stats
 from tests.engine.support import complete as complete_all
 
@@ -27,18 +28,10 @@ pytestmark = pytest.mark.engine
 NGRAM = ("--speculative-config", json.dumps({"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3}))
 
 
-@pytest.fixture(scope="module")
-def several() -> Iterator[Server]:
-    """Run two API servers in front of a tensor-parallel engine, with an operator's default and cap."""
-    parallel = ("--api-server-count", "2", "--tensor-parallel-size", "2")
-    operator = ("--em-inf-default", json.dumps(CAPPED), "--em-inf-max-steps", str(CAPPED["steps"]))
-    with serve(*parallel, *operator, executor="mp", VLLM_CPU_OMP_THREADS_BIND="0|1") as server:
-        yield server
-
-
 @needs_prometheus
-def test_several_api_servers_and_tensor_parallel_ranks_count_once(several: Server, tmp_path: Path) -> None:
-    check_counters(several, tmp_path, requests=24)
+def test_tensor_parallel_ranks_count_once(tmp_path: Path) -> None:
+    with serve("--tensor-parallel-size", "2", executor="mp", VLLM_CPU_OMP_THREADS_BIND="0|1") as server:
+        check_counters(server, tmp_path, requests=24)
 
 
 def complete(server: Server, **options: Any) -> str:
@@ -47,50 +40,73 @@ def complete(server: Server, **options: Any) -> str:
     return server.client.completions.create(model="demo", prompt=UNSURE, **settings).choices[0].text
 
 
-def test_an_operators_default_and_cap_in_every_api_server(several: Server) -> None:
-    greedy = complete(several, temperature=0)
-    for _ in range(6):  # each on a new connection, which either process may accept
-        assert complete(several) == greedy
-        assert complete(several, extra_body={"em_inf": False}) != greedy
-        assert complete(several, extra_body={"em_inf": True}) == greedy
-        with pytest.raises(openai.BadRequestError, match=r"got 8; this server allows an integer from 0 up to 7"):
-            complete(several, extra_body={"em_inf": {"steps": 8}})
-    supported = several.http.get("/v1/em_inf").json()
-    assert supported["default"] == CAPPED | {"method": "em_inf", "optimizer": "adam", "stats": "none"}
-    assert supported["methods"]["em_inf"]["steps"]["maximum"] == 7
-    # The cap also holds on routes that we did not rebuild.
-    xargs = {"vllm_xargs": {"em_inf_steps": 8}, "max_tokens": 4, "model": "demo"}
-    messages = [{"role": "user", "content": "1"}]
-    response = several.http.post("/v1/messages", json=xargs | {"messages": messages})
-    assert response.status_code == 400
-    assert "from 0 up to 7" in response.text
+class TestTwoMachines:
+    """Data-parallel engines on two machines: their servers end before others start."""
 
+    @pytest.fixture(scope="class")
+    @classmethod
+    def two_machines(cls) -> Iterator[Server]:
+        """Run two API servers and two data-parallel engines, with an operator's default and cap.
 
-@needs_prometheus
-def test_data_parallel_engines_of_two_machines_report_to_the_server_that_asked(tmp_path: Path) -> None:
-    """The second engine belongs to another em-serve, which has no API server and reaches the first by TCP alone."""
-    stats_port, rpc_port = free_port(consecutive=2), str(free_port())
-    both = ("--em-inf-statistics-address", f"127.0.0.1:{stats_port}", *DRAIN)
-    both += ("--data-parallel-size", "2", "--data-parallel-size-local", "1")
-    both += ("--data-parallel-address", "127.0.0.1", "--data-parallel-rpc-port", rpc_port)
-    with (
-        started(*both, "--headless", "--data-parallel-start-rank", "1"),
-        serve(*both, "--api-server-count", "2") as server,
-    ):
-        check_counters(server, tmp_path, requests=24)
-        asyncio.run(check_drain(server))
+        The second engine belongs to another em-serve, which has no API server and reaches the first by TCP alone.
+        """
+        stats_port, rpc_port = free_port(consecutive=2), str(free_port())
+        both = ("--em-inf-statistics-address", f"127.0.0.1:{stats_port}", *DRAIN)
+        both += ("--data-parallel-size", "2", "--data-parallel-size-local", "1")
+        both += ("--data-parallel-address", "127.0.0.1", "--data-parallel-rpc-port", rpc_port)
+        operator = ("--em-inf-default", json.dumps(CAPPED), "--em-inf-max-steps", str(CAPPED["steps"]))
+        with (
+            started(*both, "--headless", "--data-parallel-start-rank", "1"),
+            serve(*both, *operator, "--api-server-count", "2") as server,
+        ):
+            yield server
+
+    def test_an_operators_default_and_cap_in_every_api_server(self, two_machines: Server) -> None:
+        greedy = complete(two_machines, temperature=0)
+        for _ in range(4):  # each on a new connection, which either process may accept
+            assert complete(two_machines) == greedy
+            assert complete(two_machines, extra_body={"em_inf": False}) != greedy
+            assert complete(two_machines, extra_body={"em_inf": True}) == greedy
+            with pytest.raises(openai.BadRequestError, match=r"got 8; this server allows an integer from 0 up to 7"):
+                complete(two_machines, extra_body={"em_inf": {"steps": 8}})
+        supported = two_machines.http.get("/v1/em_inf").json()
+        assert supported["default"] == CAPPED | {"method": "em_inf", "optimizer": "adam", "stats": "none"}
+        assert supported["methods"]["em_inf"]["steps"]["maximum"] == 7
+        # The cap also holds on routes that we did not rebuild.
+        xargs = {"vllm_xargs": {"em_inf_steps": 8}, "max_tokens": 4, "model": "demo"}
+        messages = [{"role": "user", "content": "1"}]
+        response = two_machines.http.post("/v1/messages", json=xargs | {"messages": messages})
+        assert response.status_code == 400
+        assert "from 0 up to 7" in response.text
+
+    @needs_prometheus
+    def test_data_parallel_engines_report_to_the_server_that_asked(self, two_machines: Server, tmp_path: Path) -> None:
+        check_counters(two_machines, tmp_path, requests=24)
+
+    def test_several_api_servers_drain(self, two_machines: Server) -> None:
+        """The last test of these servers: it ends them."""
+        asyncio.run(check_drain(two_machines))
 
 
 @pytest.fixture(scope="module")
-def special(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Server]]:
-    """Run two servers, started together: on a machine without a compiler, and with a pooling model."""
+def spans() -> Iterator[SpanServer]:
+    receiver = SpanServer()
+    yield receiver
+    receiver.shutdown()
+
+
+@pytest.fixture(scope="module")
+def special(spans: SpanServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Server]]:
+    """Run two servers, started together: on a machine without a compiler, which traces, and with a pooling model."""
     folder = tmp_path_factory.mktemp("machine")
     compilers = re.compile(r".*(g\+\+|gcc|clang).*|cc|c\+\+|c[89]9.*")
     names = {tool.name for tool in Path("/usr/bin").iterdir() if not compilers.fullmatch(tool.name)}
     for name in names:
         (folder / name).symlink_to(Path("/usr/bin", name))
     path = os.pathsep.join([str(Path(sys.executable).parent), str(folder)])
-    without_compiler = serve(executor="mp", PATH=path, TORCHINDUCTOR_CACHE_DIR=str(folder / "cache"))
+    traces = {"OTEL_EXPORTER_OTLP_TRACES_PROTOCOL": "http/protobuf", "OTEL_BSP_SCHEDULE_DELAY": "100"}
+    variables = {"PATH": path, "TORCHINDUCTOR_CACHE_DIR": str(folder / "cache")} | traces
+    without_compiler = serve("--otlp-traces-endpoint", spans.endpoint, **variables)
     with together(without_compiler, serve("--runner", "pooling")) as servers:
         yield servers
 
@@ -99,6 +115,28 @@ def test_a_machine_without_a_compiler_answers_with_logprobs(special: list[Server
     server, _ = special
     assert complete(server, logprobs=2, max_tokens=4)
     assert complete(server, logprobs=2, max_tokens=4, extra_body={"em_inf": True})
+
+
+def test_the_span_of_a_request_carries_its_summary(special: list[Server], spans: SpanServer) -> None:
+    server, _ = special
+    body = {"model": "demo", "prompt": UNSURE, "max_tokens": 12, "n": 2, "ignore_eos": True, "temperature": 1.5}
+    requests = {"summary": {"em_inf": EM | {"stats": "summary"}}, "no-stats": {"em_inf": EM}, "plain": {}}
+    responses = {
+        name: server.http.post("/v1/completions", json=body | extra, headers={"X-Request-Id": name}).json()
+        for name, extra in requests.items()
+    }
+    server.until(lambda: all(len(spans.spans_of(f"cmpl-{name}")) == 2 for name in requests))
+
+    for summary, span in zip(responses["summary"]["em_inf"], spans.spans_of("cmpl-summary"), strict=True):
+        for name, value in summary.items():
+            assert span[f"em_inf.{name}"] == value
+        assert span["em_inf.method"] == "em_inf"
+        assert span["gen_ai.usage.completion_tokens"] == summary["tokens"] == 12
+    for span in spans.spans_of("cmpl-no-stats"):  # in the span, although the response has no stats
+        assert (span["em_inf.tokens"], span["em_inf.missing"]) == (12, 0)
+        assert span["em_inf.optimized_tokens"] > 0
+    assert "em_inf" not in responses["no-stats"]
+    assert [any(name.startswith("em_inf") for name in span) for span in spans.spans_of("cmpl-plain")] == [False] * 2
 
 
 def test_a_pooling_model_refuses_em_inf(special: list[Server]) -> None:
@@ -150,14 +188,11 @@ def test_v2_with_speculative_decoding_honours_em_inf(speculative: list[Server]) 
     assert server.metric("vllm:spec_decode_num_accepted_tokens_total") > accepted
 
 
-# Flags, environment variables, and a part of the last line on standard error.
+# Flags, environment variables, and a part of the last line on standard error; tests/server/test_cli.py has the rest.
 REFUSED: list[tuple[list[str], dict[str, str], str]] = [
     (["--em-inf-default", '{"threshold": 21}'], {}, "got 21; must be a number from 0 up to 20"),
-    (["--em-inf-default", "{threshold"], {}, "argument --em-inf-default"),
-    (["--em-inf-default", '{"steps": 9}', "--em-inf-max-steps", "8"], {}, "got 9; this server allows"),
-    (["--em-inf-max-steps", "65"], {}, "--em-inf-max-steps"),
-    ([], {"VLLM_USE_RUST_FRONTEND": "1"}, "unset it"),
     (["--grpc"], {}, "without this server's routes"),
+    ([], {"VLLM_USE_RUST_FRONTEND": "1"}, "unset it"),
     (["--logits-processors", "em_sampler.vllm_plugin.processor:EMInfLogitsProcessor"], {}, "drop it"),
 ]
 
@@ -174,7 +209,7 @@ def test_flags_that_cannot_work_stop_the_start_with_one_line() -> None:
             check=False,
         )
 
-    with ThreadPoolExecutor(2) as pool:  # each imports vLLM first, which takes one core
+    with ThreadPoolExecutor(2) as pool:  # two of them import vLLM first, which takes one core
         ended = list(pool.map(start, REFUSED))
     for (_, _, message), done in zip(REFUSED, ended, strict=True):
         assert done.returncode != 0

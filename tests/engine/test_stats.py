@@ -29,14 +29,14 @@ def test_every_tokens_stats_match_the_reference(engine: Server) -> None:
         | ALL_LOGPROBS
         | {"em_inf": METHOD_SETTINGS[i % 4] | {"stats": "tokens"}, "n": 3 if i % 7 == 3 else 1}
         | ({"temperature": 0, "n": 1} if i % 9 == 5 else {})
-        for i in range(40 if engine.runner == "v1" else 14)
+        for i in range(40 if engine.runner == "v1" else 10)
     ]
     plain = [{"prompt": UNSURE, "max_tokens": 30, "em_inf": em} for em in (False, True, EM)]
     preempted = engine.metric("vllm:num_preemptions_total")
     responses = complete(engine, *bodies, *plain)
     assert engine.metric("vllm:num_preemptions_total") > preempted, "no request was preempted"
     checked = sum(check_stats(response, body["em_inf"]) for response, body in zip(responses, bodies, strict=False))
-    assert checked >= (1500 if engine.runner == "v1" else 500)
+    assert checked >= (1500 if engine.runner == "v1" else 400)
     assert not any("em_inf" in response for response in responses[len(bodies) :])
 
 

@@ -68,6 +68,11 @@ def triton_cuda(logits: torch.Tensor, params: list[Params | None]) -> TransformO
 Implementation = Callable[[torch.Tensor, list[Params | None]], TransformOutput]
 
 
+def is_interpreted(name: str) -> bool:
+    """Return whether Triton's interpreter runs this implementation: it takes seconds for a batch."""
+    return name == "triton_cuda" and DEVICE == "cpu"
+
+
 def on_device(implementation: Implementation) -> Implementation:
     """Return `implementation` for logits on the CPU, run on the device under test."""
 
