@@ -102,8 +102,7 @@ def test_methods_reach_the_rows_of_their_requests_under_pressure(engine: Server)
     # Many prompts in each request, so that they wait inside the engine: the cache runs out, however fast the machine.
     prompts = ["Q" * (70 * (i % 3)) + UNSURE for i in range(12 if engine.runner == "v1" else 3)]
     bodies = [
-        {"prompt": prompts, "max_tokens": (16 if engine.runner == "v1" else 8) + 8 * i, "ignore_eos": True}
-        | ({} if em is None else {"em_inf": em})
+        {"prompt": prompts, "max_tokens": 16 + 11 * i, "ignore_eos": True} | ({} if em is None else {"em_inf": em})
         for i, em in enumerate(methods)
     ]
     greedy = complete(engine, *[body | {"temperature": 0} for body in bodies])

@@ -28,12 +28,6 @@ pytestmark = pytest.mark.engine
 NGRAM = ("--speculative-config", json.dumps({"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3}))
 
 
-@needs_prometheus
-def test_tensor_parallel_ranks_count_once(tmp_path: Path) -> None:
-    with serve("--tensor-parallel-size", "2", executor="mp", VLLM_CPU_OMP_THREADS_BIND="0|1") as server:
-        check_counters(server, tmp_path, requests=24)
-
-
 def complete(server: Server, **options: Any) -> str:
     """Return the completion of an unknown prompt, sampled at temperature 2: only a strong method makes it greedy."""
     settings: dict[str, Any] = {"temperature": 2.0, "seed": 3, "max_tokens": 20} | options
@@ -96,29 +90,61 @@ def spans() -> Iterator[SpanServer]:
 
 
 @pytest.fixture(scope="module")
-def special(spans: SpanServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Server]]:
-    """Run two servers, started together: on a machine without a compiler, which traces, and with a pooling model."""
-    folder = tmp_path_factory.mktemp("machine")
+def servers(
+    request: pytest.FixtureRequest, spans: SpanServer, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[dict[str, Server]]:
+    """Start the servers that the selected tests need, together."""
+    spans_at_once = {"OTEL_EXPORTER_OTLP_TRACES_PROTOCOL": "http/protobuf", "OTEL_BSP_SCHEDULE_DELAY": "100"}
+    no_compiler = without_compiler(tmp_path_factory.mktemp("machine"))
+    starts = {
+        "tensor parallel": serve("--tensor-parallel-size", "2", executor="mp", VLLM_CPU_OMP_THREADS_BIND="0|1"),
+        "traced, no compiler": serve("--otlp-traces-endpoint", spans.endpoint, **spans_at_once, **no_compiler),
+        "pooling": serve("--runner", "pooling"),
+        "speculative v1": serve(*NGRAM, runner="v1"),
+        "speculative v2": serve(*NGRAM, "--max-logprobs", "-1", runner="v2"),
+    }
+    items = [item for item in request.session.items if isinstance(item, pytest.Function) and hasattr(item, "callspec")]
+    needed = {item.callspec.params.get("server") for item in items}
+    names = [name for name in starts if name in needed]
+    with together(*(starts[name] for name in names)) as running:
+        yield dict(zip(names, running, strict=True))
+
+
+def without_compiler(folder: Path) -> dict[str, str]:
+    """Return variables with which a process finds every program of /usr/bin but compilers; links go into `folder`."""
     compilers = re.compile(r".*(g\+\+|gcc|clang).*|cc|c\+\+|c[89]9.*")
-    names = {tool.name for tool in Path("/usr/bin").iterdir() if not compilers.fullmatch(tool.name)}
-    for name in names:
-        (folder / name).symlink_to(Path("/usr/bin", name))
+    for tool in Path("/usr/bin").iterdir():
+        if not compilers.fullmatch(tool.name):
+            (folder / tool.name).symlink_to(tool)
     path = os.pathsep.join([str(Path(sys.executable).parent), str(folder)])
-    traces = {"OTEL_EXPORTER_OTLP_TRACES_PROTOCOL": "http/protobuf", "OTEL_BSP_SCHEDULE_DELAY": "100"}
-    variables = {"PATH": path, "TORCHINDUCTOR_CACHE_DIR": str(folder / "cache")} | traces
-    without_compiler = serve("--otlp-traces-endpoint", spans.endpoint, **variables)
-    with together(without_compiler, serve("--runner", "pooling")) as servers:
-        yield servers
+    return {"PATH": path, "TORCHINDUCTOR_CACHE_DIR": str(folder / "cache")}
 
 
-def test_a_machine_without_a_compiler_answers_with_logprobs(special: list[Server]) -> None:
-    server, _ = special
+@pytest.fixture
+def server(request: pytest.FixtureRequest, servers: dict[str, Server]) -> Server:
+    running: Server = servers[request.param]
+    return running
+
+
+def on(name: str) -> pytest.MarkDecorator:
+    """Give a test one of `servers` as `server`."""
+    return pytest.mark.parametrize("server", [name], indirect=True)
+
+
+@on("tensor parallel")
+@needs_prometheus
+def test_tensor_parallel_ranks_count_once(server: Server, tmp_path: Path) -> None:
+    check_counters(server, tmp_path, requests=24)
+
+
+@on("traced, no compiler")
+def test_a_machine_without_a_compiler_answers_with_logprobs(server: Server) -> None:
     assert complete(server, logprobs=2, max_tokens=4)
     assert complete(server, logprobs=2, max_tokens=4, extra_body={"em_inf": True})
 
 
-def test_the_span_of_a_request_carries_its_summary(special: list[Server], spans: SpanServer) -> None:
-    server, _ = special
+@on("traced, no compiler")
+def test_the_span_of_a_request_carries_its_summary(server: Server, spans: SpanServer) -> None:
     body = {"model": "demo", "prompt": UNSURE, "max_tokens": 12, "n": 2, "ignore_eos": True, "temperature": 1.5}
     requests = {"summary": {"em_inf": EM | {"stats": "summary"}}, "no-stats": {"em_inf": EM}, "plain": {}}
     responses = {
@@ -139,8 +165,8 @@ def test_the_span_of_a_request_carries_its_summary(special: list[Server], spans:
     assert [any(name.startswith("em_inf") for name in span) for span in spans.spans_of("cmpl-plain")] == [False] * 2
 
 
-def test_a_pooling_model_refuses_em_inf(special: list[Server]) -> None:
-    _, server = special
+@on("pooling")
+def test_a_pooling_model_refuses_em_inf(server: Server) -> None:
     body = {"model": "demo", "input": "12+7"}
     assert server.http.post("/v1/embeddings", json=body).status_code == 200
     response = server.http.post("/v1/embeddings", json=body | {"em_inf": {"threshold": 0.3}})
@@ -149,15 +175,8 @@ def test_a_pooling_model_refuses_em_inf(special: list[Server]) -> None:
     assert response.json()["error"]["param"] == "body.em_inf"
 
 
-@pytest.fixture(scope="module")
-def speculative() -> Iterator[list[Server]]:
-    """Run two servers with speculative decoding: on V1 and on V2."""
-    with together(*(serve(*NGRAM, "--max-logprobs", "-1", runner=runner) for runner in ("v1", "v2"))) as servers:
-        yield servers
-
-
-def test_v1_with_speculative_decoding_refuses_em_inf(speculative: list[Server]) -> None:
-    server, _ = speculative
+@on("speculative v1")
+def test_v1_with_speculative_decoding_refuses_em_inf(server: Server) -> None:
     assert complete(server, temperature=0)
     with pytest.raises(openai.BadRequestError, match="speculative decoding") as caught:
         complete(server, extra_body={"em_inf": True})
@@ -166,9 +185,9 @@ def test_v1_with_speculative_decoding_refuses_em_inf(speculative: list[Server]) 
     assert server.http.get("/v1/em_inf").json()["available"] is False
 
 
-def test_v2_with_speculative_decoding_honours_em_inf(speculative: list[Server]) -> None:
+@on("speculative v2")
+def test_v2_with_speculative_decoding_honours_em_inf(server: Server) -> None:
     """Every row of a draft gets its request's method: accepted tokens and their replacements are greedy."""
-    _, server = speculative
     greedy = complete(server, temperature=0, max_tokens=40)
     assert complete(server, max_tokens=40, extra_body={"em_inf": CAPPED | {"steps": 64}}) == greedy
     assert complete(server, max_tokens=40) != greedy

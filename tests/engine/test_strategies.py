@@ -394,22 +394,21 @@ def test_fifty_clients_at_random_leave_nothing_behind(server: Server) -> None:
 
 
 def test_more_branches_than_the_limit_get_429(server: Server) -> None:
-    strategy = majority(64, parallel=8)  # all places are taken at once, however many branches run
-    body = {"model": "demo", "messages": CHAT, "strategy": strategy, "stream": True, "temperature": 1} | LONG
+    body = {"model": "demo", "messages": CHAT, "strategy": majority(64), "stream": True, "temperature": 1} | LONG
     fit = IN_FLIGHT // 64
 
     async def exceed_limit() -> httpx.Response:
         async with server.async_http() as client:
             streams = [client.stream("POST", "/v1/chat/completions", json=body) for _ in range(fit)]
-            for stream in streams:
-                assert (await stream.__aenter__()).status_code == 200
-            refused = await client.post("/v1/chat/completions", json=body)
-            plain = await client.post(
-                "/v1/chat/completions", json=body | {"strategy": None, "stream": False, "max_tokens": 1}
-            )
-            assert plain.status_code == 200
+            with halted_engine(server):  # no branch ends, so that no place becomes free
+                for stream in streams:
+                    assert (await stream.__aenter__()).status_code == 200
+                refused = await client.post("/v1/chat/completions", json=body)
+                one = body | {"strategy": None, "stream": False, "max_tokens": 1}
+                plain = asyncio.create_task(client.post("/v1/chat/completions", json=one))
             for stream in streams:
                 await stream.__aexit__(None, None, None)
+            assert (await plain).status_code == 200
             return refused
 
     refused = asyncio.run(exceed_limit())
