@@ -9,7 +9,8 @@ from tests.engine.launch import Server, serve
 
 # Small limits, so that long prompts are prefilled in chunks and requests are preempted when the cache is full. On the
 # CPU, vLLM 0.32's V1 runner dies if a request with a seed is prefilled in chunks (docs/findings/upstream.md): at any
-# time, the requests with a seed have at most 128 prompt tokens together.
+# time, the requests with a seed have at most 128 prompt tokens together. They also fit into the cache together (15
+# blocks of 32 tokens): a preempted request is prefilled again.
 STRESS_FLAGS = (
     *("--max-num-batched-tokens", "128"),
     *("--max-num-seqs", "16"),

@@ -83,8 +83,12 @@ def scraping(server: Server, folder: Path, name: str = "em", **config: Any) -> I
         process.wait(HANG_LIMIT_S)
 
 
-def load(server: Server, stats: list[str], requests: int = 120) -> list[tuple[str, dict[str, Any]]]:
-    """Send mixed requests, sixteen at a time, each over its own connection; return (method, response) of each."""
+def load(server: Server, stats: list[str], requests: int, at_once: int) -> list[tuple[str, dict[str, Any]]]:
+    """Send mixed requests, `at_once` at a time, each over its own connection; return (method, response) of each.
+
+    With their seeds, they sample the same tokens the next time. At most six choices fit into the cache of the shared
+    servers (conftest.py): three requests.
+    """
     bodies = [
         {"prompt": UNSURE, "seed": i, "max_tokens": 5 + i % 40, "ignore_eos": i % 2 == 0, "n": 1 + i % 2}
         | {"em_inf": settings | {"stats": stats[i % len(stats)]}}
@@ -96,7 +100,7 @@ def load(server: Server, stats: list[str], requests: int = 120) -> list[tuple[st
             return await post(client, body)
 
     async def send_all() -> list[dict[str, Any]]:
-        limit = asyncio.Semaphore(16)
+        limit = asyncio.Semaphore(at_once)
         return await asyncio.gather(*(send(limit, body) for body in bodies))
 
     methods = [body["em_inf"].get("method", "em_inf") for body in bodies]
@@ -116,11 +120,11 @@ def expected_counters(responses: list[tuple[str, dict[str, Any]]]) -> Counter[tu
     return sums
 
 
-def check_counters(server: Server, folder: Path, requests: int) -> None:
+def check_counters(server: Server, folder: Path, requests: int, at_once: int = 16) -> None:
     """Check that Prometheus' counters grow by the sums over the responses, with and without stats in these."""
     with scraping(server, folder) as prometheus:
         start = prometheus.next_scrape()
-        responses = load(server, ["summary", "tokens"], requests)
+        responses = load(server, ["summary", "tokens"], requests, at_once)
         middle = prometheus.next_scrape()
         growth, expected = middle - start, expected_counters(responses)
         rounding = 1e-6 * sum(response["usage"]["completion_tokens"] for _, response in responses)
@@ -130,7 +134,7 @@ def check_counters(server: Server, folder: Path, requests: int) -> None:
         assert middle["em_inf_records_dropped_total", ""] == 0
 
         # The same load without stats in the responses: the workers send totals, which must count every token.
-        without_stats = load(server, ["none"], requests)
+        without_stats = load(server, ["none"], requests, at_once)
         server.until(lambda: server.metric("em_inf_tracked_requests") == 0)
         growth = prometheus.next_scrape() - middle
         assert not any("em_inf" in response for _, response in without_stats)

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.engine
 @pytest.mark.essential
 @needs_prometheus
 def test_counters_are_the_sums_over_the_responses(engine: Server, tmp_path: Path) -> None:
-    check_counters(engine, tmp_path, requests=90 if engine.runner == "v1" else 12)
+    check_counters(engine, tmp_path, requests=90 if engine.runner == "v1" else 12, at_once=3)
 
 
 @pytest.mark.essential

@@ -40,9 +40,9 @@ def evaluated_rules(prometheus: Prometheus) -> list[dict[str, Any]]:
 @needs_prometheus
 def test_rules_and_dashboard_on_a_server_under_load(v1: Server, tmp_path: Path) -> None:
     with scraping(v1, tmp_path, JOB, rule_files=[write_fast_rules(tmp_path)]) as prometheus:
-        load(v1, ["none"], 12)
+        load(v1, ["none"], 12, at_once=3)
         prometheus.next_scrape()
-        load(v1, ["none"], 60)
+        load(v1, ["none"], 60, at_once=3)
         v1.until(lambda: v1.metric("em_inf_tracked_requests") == 0)  # all stats have arrived
         prometheus.next_scrape()
         found = evaluated_rules(prometheus)

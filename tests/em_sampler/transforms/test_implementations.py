@@ -48,7 +48,7 @@ each_implementation = pytest.mark.parametrize(
 
 
 @pytest.mark.slow
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(seeds, st.sampled_from([2, 3, 17, 1000]), st.lists(any_params, min_size=1, max_size=12))
 def test_every_row_matches_the_reference(seed: int, vocab: int, params: list[Params | None]) -> None:
     before = rows_of(seed, len(params), vocab)
