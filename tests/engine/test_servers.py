@@ -214,20 +214,18 @@ REFUSED: list[tuple[list[str], dict[str, str], str]] = [
 ]
 
 
-def test_flags_that_cannot_work_stop_the_start_with_one_line() -> None:
-    def start(case: tuple[list[str], dict[str, str], str]) -> subprocess.CompletedProcess[str]:
-        flags, variables, _ = case
-        return subprocess.run(
-            [*EM_SERVE, *flags, *ENGINE_FLAGS],
-            env=environment("v1", **variables),
-            capture_output=True,
-            text=True,
-            timeout=START_LIMIT_S,
-            check=False,
-        )
-
-    for case in REFUSED:
-        done, message = start(case), case[-1]
-        assert done.returncode != 0
-        assert message in done.stderr.splitlines()[-1]
-        assert "Traceback" not in done.stderr
+@pytest.mark.parametrize(("flags", "variables", "message"), REFUSED)
+def test_flags_that_cannot_work_stop_the_start_with_one_line(
+    flags: list[str], variables: dict[str, str], message: str
+) -> None:
+    done = subprocess.run(
+        [*EM_SERVE, *flags, *ENGINE_FLAGS],
+        env=environment("v1", **variables),
+        capture_output=True,
+        text=True,
+        timeout=START_LIMIT_S,
+        check=False,
+    )
+    assert done.returncode != 0
+    assert message in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
