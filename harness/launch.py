@@ -25,6 +25,7 @@ PLAIN_VLLM = (sys.executable, "-m", "harness.plain_vllm")
 THREADS = max(1, len(os.sched_getaffinity(0)) - 1)  # of the model on the CPU: vLLM's own choice
 # vLLM's CPU build accepts the executor "uni" only with the first variable, and then does not set the second one.
 ONE_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "OMP_NUM_THREADS": str(THREADS)}
+PASSED_ON = ("VLLM_GPU_SYNC_CHECK",)  # benchmarks/gpu.sh sets it: vLLM then checks that the host waits for no kernel
 START_LIMIT_S = 900  # a 7B model on CUDA first compiles and captures graphs; a server that dies is noticed at once
 STOP_LIMIT_S = 20
 
@@ -46,8 +47,8 @@ class Server:
 
 
 def environment() -> dict[str, str]:
-    """Return this process's environment without vLLM's variables, and with those that every server here needs."""
-    inherited = {key: value for key, value in os.environ.items() if not key.startswith("VLLM_")}
+    """Return this process's environment without vLLM's variables but PASSED_ON, and with what every server needs."""
+    inherited = {key: value for key, value in os.environ.items() if not key.startswith("VLLM_") or key in PASSED_ON}
     chosen = {
         "HF_HUB_OFFLINE": "1",
         "VLLM_NO_USAGE_STATS": "1",
