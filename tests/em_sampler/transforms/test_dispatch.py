@@ -14,8 +14,15 @@ from em_sampler.transforms import dispatch, eager
 from em_sampler.transforms.batch import BatchParams, Transform, TransformOutput
 from em_sampler.transforms.dispatch import MAX_KEPT, ReusableTransform, build_transform
 from em_sampler.transforms.eager import EagerTransform
-from em_sampler.transforms.numba_cpu import NumbaTransform
-from tests.em_sampler.transforms.support import DEVICE, FLOAT32_DRIFT, expected, numba_cpu, rows_of, total_variation
+from tests.em_sampler.transforms.support import (
+    DEVICE,
+    FLOAT32_DRIFT,
+    expected,
+    numba_cpu,
+    numba_transform,
+    rows_of,
+    total_variation,
+)
 
 CPU = torch.device("cpu")
 EM, ADAPTIVE = EMInfParams(threshold=0.0), AdaptiveTemperatureParams(threshold=0.0)
@@ -54,7 +61,7 @@ def mixed_params(rows: int) -> list[Params | None]:
 
 
 def test_the_cpu_has_the_numba_transform() -> None:
-    assert isinstance(build_transform(50, CPU, 4), NumbaTransform)
+    assert isinstance(build_transform(50, CPU, 4), numba_transform())
 
 
 def test_other_devices_have_the_eager_transform() -> None:
@@ -89,7 +96,7 @@ def test_the_public_transform_is_the_fast_one_and_matches_the_reference(builds: 
     logits = before.clone()
     result = em_sampler.transform(logits, MIXED)
     assert result.logits is logits
-    assert [type(built) for built in builds.transforms] == [NumbaTransform]
+    assert [type(built) for built in builds.transforms] == [numba_transform()]
     assert_equal(result, numba_cpu(before.clone(), MIXED))
     for row, params in enumerate(MIXED):
         if params is None or isinstance(params, MeasureParams):
