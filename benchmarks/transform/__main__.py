@@ -18,7 +18,8 @@ Columns of the CSV, a line for each case and implementation:
 """
 
 import argparse
-from collections.abc import Sequence
+import traceback
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -41,11 +42,21 @@ def measure(implementation: str, case: Case, logits: Tensor, budget_s: float) ->
         call = IMPLEMENTATIONS[implementation](case, logits.device)
         return Result.of(implementation, case, time_rounds(call, logits, budget_s))
     except Exception as error:  # a failure is a line of the report, and the others go on
+        traceback.print_exc()
         return Result.failed(implementation, case, error)
 
 
-def run(implementations: Sequence[str], sizes: Sizes, device: torch.device, budget_s: float) -> Results:
-    """Measure every case with every implementation that supports it, and print a line for each."""
+def run(
+    implementations: Sequence[str],
+    sizes: Sizes,
+    device: torch.device,
+    budget_s: float,
+    save: Callable[[Results], None],
+) -> Results:
+    """Measure every case with every implementation that supports it.
+
+    Prints a line for each result and calls `save` with all so far: a run that is killed leaves what it measured.
+    """
     results = Results()
     shared = unique([case for _, case, _ in log_softmax_cases(sizes.base)] + sizes.sweep())
     for case in unique(shared + (sizes.every_size() if sizes.grid else [])):
@@ -57,6 +68,7 @@ def run(implementations: Sequence[str], sizes: Sizes, device: torch.device, budg
         for implementation in wanted:
             results.append(measure(implementation, case, logits, budget_s))
             print(f"  {results[-1]}", flush=True)
+            save(results)
     return results
 
 
@@ -112,13 +124,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     torch.set_num_threads(args.threads)
     sizes = limited(QUICK if args.quick else CUDA if args.device.type == "cuda" else CPU, args.rows, args.vocab)
     args.out.mkdir(parents=True, exist_ok=True)
-    results = run(args.implementations, sizes, args.device, 0.01 if args.quick else args.seconds)
-    machine = Machine.of(args.device)
-    results.save(args.out / "transform.csv", machine)
+    machine, csv = Machine.of(args.device), args.out / "transform.csv"
+    results = run(
+        args.implementations,
+        sizes,
+        args.device,
+        0.01 if args.quick else args.seconds,
+        lambda results: results.save(csv, machine),
+    )
     plot(results, sizes, machine, args.out / "transform.png")
     print(f"\n{machine.device}, torch {machine.torch_version}, {machine.threads} thread(s); base case: {sizes.base}\n")
     print(table(targets(results, sizes, args.device)))
-    print(f"\nwritten: {args.out / 'transform.csv'}, {args.out / 'transform.png'}")
+    print(f"\nwritten: {csv}, {args.out / 'transform.png'}")
     return int(any(not result.ok and result.implementation != MAY_FAIL for result in results))
 
 

@@ -21,12 +21,29 @@ STEPS_PER_GRAPH = 5  # torch.compile unrolls them; 64 would take minutes
 
 
 def ours(case: Case, device: torch.device) -> Call:
-    """Prepare the fastest implementation that em_sampler has for the device."""
+    """Prepare the fastest implementation that em_sampler has for the device. On CUDA it must not be the eager one.
+
+    Raises:
+        RuntimeError: on CUDA, if the kernels do not work: the time would be that of `eager`. With the cause.
+    """
     from em_sampler.transforms.dispatch import build_transform
 
     transform = build_transform(case.vocab, device, case.rows)
+    if device.type == "cuda" and isinstance(transform, EagerTransform):
+        raise RuntimeError(f"the fused form did not build: {_why_not_built(case, device)}")
     batch_params = BatchParams.of(case.params(), device)
     return lambda logits: transform(logits, batch_params)
+
+
+def _why_not_built(case: Case, device: torch.device) -> str:
+    """Return on one line what the kernels' own constructor raises, which `build_transform` only logs."""
+    try:
+        from em_sampler.transforms.triton_cuda import TritonTransform
+
+        TritonTransform(case.vocab, device, case.rows)
+    except Exception as error:  # whatever a compiler may raise
+        return f"{type(error).__name__}: {' '.join(str(error).split())}"
+    return "unknown, for it builds on its own"
 
 
 def eager(case: Case, device: torch.device) -> Call:

@@ -115,12 +115,14 @@ class Results(list[Result]):
         return next(matching, None)
 
     def save(self, path: Path, machine: Machine) -> None:
-        """Write CSV: the machine's columns, then the result's."""
+        """Write CSV: the machine's columns, then the result's. A reader finds the old file or the new one, complete."""
         names = [COLUMNS.get(field.name, field.name) for field in (*fields(Machine), *fields(Result))]
-        with path.open("w", newline="") as file:
+        unfinished = path.with_name(f".{path.name}.new")
+        with unfinished.open("w", newline="") as file:
             writer = csv.DictWriter(file, names)
             writer.writeheader()
             writer.writerows(asdict(machine) | _rounded(result) for result in self)
+        unfinished.replace(path)
 
 
 def _quartiles(values: Sequence[float]) -> tuple[float, float, float]:
