@@ -37,3 +37,14 @@ def test_an_implementation_that_fails_is_a_line_and_the_exit_status(tmp_path, mo
     with (tmp_path / "transform.csv").open(newline="") as file:
         states = {line["arm"]: line["status"] for line in csv.DictReader(file)}
     assert states == {"ours": "failed: RuntimeError: no such kernel", "eager": "ok"}
+
+
+def test_a_run_that_is_interrupted_leaves_what_it_measured(tmp_path, monkeypatch):
+    def interrupted(case, device):
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(IMPLEMENTATIONS, "released", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        main([*QUICK, "--arms", "eager,released", "--rows", "1", "--out", str(tmp_path)])
+    with (tmp_path / "transform.csv").open(newline="") as file:
+        assert [(line["arm"], line["status"]) for line in csv.DictReader(file)] == [("eager", "ok")]
