@@ -52,6 +52,24 @@ def test_a_phase_ends_in_its_time_and_what_did_not_run_is_listed(tmp_path: Path)
     assert "ours(" not in failed  # the next phase has time of its own
 
 
+def test_with_a_card_the_server_and_the_training_are_measured_too(tmp_path: Path) -> None:
+    for name in ("nvidia-smi", "compute-sanitizer"):
+        (tmp_path / name).write_text(f'#!/bin/sh\necho "ran {name} $*"\n')
+        (tmp_path / name).chmod(0o755)
+    done = run(tmp_path, DEVICE="cuda", PATH=f"{tmp_path}:{os.environ['PATH']}")
+    assert done.stdout.endswith("failed: nothing\n"), done.stdout + done.stderr
+    for command in (
+        "nvidia-smi",
+        "compute-sanitizer",
+        "benchmarks.serving --model 7b",
+        "entropy_loss",
+        "tests/em_train",
+    ):
+        assert command in done.stdout
+    assert "PYTEST_ADDOPTS=-n 8" in done.stdout
+    assert "--quick" not in done.stdout
+
+
 def test_an_unknown_phase_is_refused(tmp_path: Path) -> None:
     done = run(tmp_path, "checks")
     assert done.returncode == 2 and "no phase 'checks'" in done.stderr
