@@ -18,9 +18,9 @@ from em_sampler.params import Params
 from em_sampler.stats.aggregator import ReturnAddress
 from em_sampler.stats.recorder import StatsRecorder
 from em_sampler.transforms.batch import BatchParams, Column, host_limits, pack_row, to_device
-from em_sampler.transforms.dispatch import build_transform
 from em_sampler.transforms.eager import EagerTransform
 from em_sampler.vllm_plugin.request import params_of
+from em_sampler.vllm_plugin.transform import build_transform
 
 
 class V2Processor(LogitsProcessor):
