@@ -49,6 +49,7 @@ def serve(argv: list[str]) -> None:
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     from em_sampler.stats.transport import ADDRESS_ENV, SOCKET_DIR_ENV, socket_dir
+    from em_sampler.vllm_plugin.transform import REQUIRE_FUSED_ENV
 
     command = ServeSubcommand()
     parser = FlexibleArgumentParser(prog="em-serve", description=__doc__)  # type: ignore[no-untyped-call]
@@ -64,6 +65,8 @@ def serve(argv: list[str]) -> None:
     command.validate(args)
     if args.em_inf_statistics_address:
         os.environ[ADDRESS_ENV] = args.em_inf_statistics_address
+    if args.em_inf_require_fused:
+        os.environ[REQUIRE_FUSED_ENV] = "1"
     with socket_dir() as os.environ[SOCKET_DIR_ENV]:
         command.cmd(args)
 
@@ -97,6 +100,12 @@ def _add_em_inf_flags(parser: argparse.ArgumentParser) -> None:
         metavar="HOST:PORT",
         help="Where workers on other machines send token stats: an address of the API servers' machine. API server i "
         "listens on PORT + i. Give the same to em-serve on every machine. Default: unix sockets, on one machine.",
+    )
+    group.add_argument(
+        "--em-inf-require-fused",
+        action="store_true",
+        help="End the start with an error if the fused transform does not work in a worker, instead of using the "
+        "eager one, which is many times slower.",
     )
 
 

@@ -91,10 +91,10 @@ class StatsRecorder:
             slots: requests at a time.
             max_rows: rows of a step.
             device: of the transform's output.
-            enabled: False for tensor-parallel ranks other than the first, which sample the same tokens.
+            enabled: False for a tensor-parallel rank that samples the same tokens as the first.
         """
         self.server_address = transport.server_address() if enabled else None
-        self.slots = slots
+        self.slots, self.device = slots, device
         self.assigned: set[int] = set()  # slots whose request wants stats
         buffers = MAX_IN_FLIGHT_STEPS if self.server_address else 0
         self.free_buffers = deque(StepBuffer(max_rows, device) for _ in range(buffers))
@@ -133,6 +133,8 @@ class StatsRecorder:
 
     def _run(self, server_address: str) -> None:
         """Do the thread's work: add steps to the slots' pending stats, fold them, send them."""
+        if self.device.type == "cuda":  # else, waiting for an event would open a CUDA context on GPU 0 as well
+            torch.cuda.set_device(self.device)
         slots, sender = SlotTable(self.slots), StatsSender(server_address)
         last_fold = time.monotonic()
         while True:

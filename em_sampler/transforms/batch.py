@@ -11,6 +11,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from em_sampler.params import AdaptiveTemperatureParams, EMInfParams, MeasureParams, Params
@@ -81,17 +82,15 @@ class BatchParams:
     """The params of every row of a batch."""
 
     values: Tensor  # [rows, len(Column)] float32, on the device of the logits
-    max_steps: int | None  # over all rows, on the host, so that no loop has to ask the device; None: no row has EM-INF
+    # Over all rows, on the host, so that no loop has to ask the device. Only the eager form reads these two.
+    max_steps: int | None  # None: no row has EM-INF
     any_adaptive: bool
 
     @classmethod
     def of(cls, params: Sequence[Params | None], device: torch.device | str = "cpu") -> "BatchParams":
         """Pack one row per entry of `params`; None leaves its row alone. The copy to a GPU is not waited for."""
         rows = np.array([pack_row(p) for p in params], dtype=np.float32).reshape(-1, len(Column))
-        values = torch.from_numpy(rows)
-        if torch.device(device).type == "cuda":
-            values = values.pin_memory()  # without it, the copy would wait for the device
-        return cls(values.to(device, non_blocking=True), *host_limits(params))
+        return cls(to_device(rows, torch.device(device)), *host_limits(params))
 
     def select(self, rows: Tensor) -> "BatchParams":
         """Return the params of `rows` (int64 [n])."""
@@ -128,6 +127,14 @@ def pack_row(params: Params | None) -> tuple[float, ...]:
             Column.MAX_TEMPERATURE: params.max_temperature,
         }
     return tuple(row.values())
+
+
+def to_device(rows: NDArray[np.float32], device: torch.device) -> Tensor:
+    """Copy `rows` to `device` without waiting for it. The caller may overwrite `rows` at once."""
+    values = torch.from_numpy(rows)
+    if device.type == "cuda":
+        return values.pin_memory().to(device, non_blocking=True)  # without pinned memory, the copy would wait
+    return values.to(device, copy=True)
 
 
 def host_limits(params: Sequence[Params | None]) -> tuple[int | None, bool]:

@@ -20,20 +20,30 @@ logger = logging.getLogger(__name__)
 MAX_KEPT = 4  # implementations that `ReusableTransform` keeps; each holds memory
 
 
-def build_transform(vocab_size: int, device: torch.device, max_rows: int) -> Transform:
+def build_transform(vocab_size: int, device: torch.device, max_rows: int, require_fused: bool = False) -> Transform:
     """Build the fastest implementation for `device`, with its memory allocated and its code compiled.
 
     Args:
         vocab_size: logits per row.
         device: where the logits are.
         max_rows: the most rows of one call.
+        require_fused: raise an error where only the eager form works.
+
+    Raises:
+        RuntimeError: if `require_fused` and the device has no fused form, or it does not work here.
     """
     build = _BUILDERS.get(device.type)
     if build is None:
+        if require_fused:
+            raise RuntimeError(f"em_inf: a fused transform is required, but {device.type} has the eager one alone")
         return EagerTransform(vocab_size, device, max_rows)
     try:
         return build(vocab_size, device, max_rows)
     except Exception as error:  # whatever a compiler may raise: a slow transform is better than none
+        if require_fused:
+            raise RuntimeError(
+                f"em_inf: a fused transform is required, but does not work here ({type(error).__name__}: {error})"
+            ) from error
         logger.warning(
             "em_inf: the fast transform does not work here (%s: %s). Every token goes through the slow one.",
             type(error).__name__,
@@ -55,6 +65,15 @@ def _build_triton(vocab_size: int, device: torch.device, max_rows: int) -> Trans
 
 
 _BUILDERS: dict[str, Callable[[int, torch.device, int], Transform]] = {"cpu": _build_numba, "cuda": _build_triton}
+
+
+# By class name: the modules of the fast forms are imported on their devices alone.
+_NAMES = {"NumbaTransform": "numba_cpu", "TritonTransform": "triton_cuda", "EagerTransform": "eager"}
+
+
+def name_of(transform: Transform) -> str:
+    """Return the name of an implementation, as operators see it."""
+    return _NAMES[type(transform).__name__]
 
 
 class ReusableTransform:

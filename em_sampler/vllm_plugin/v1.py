@@ -16,8 +16,8 @@ from em_sampler.params import Params
 from em_sampler.stats.aggregator import ReturnAddress
 from em_sampler.stats.recorder import StatsRecorder
 from em_sampler.transforms.batch import BatchParams
-from em_sampler.transforms.dispatch import build_transform
 from em_sampler.vllm_plugin.request import params_of
+from em_sampler.vllm_plugin.transform import build_transform
 
 
 class ActiveRequest(NamedTuple):

@@ -17,9 +17,10 @@ from vllm.v1.worker.gpu.sample.logits_processor.interface import (
 from em_sampler.params import Params
 from em_sampler.stats.aggregator import ReturnAddress
 from em_sampler.stats.recorder import StatsRecorder
-from em_sampler.transforms.batch import BatchParams, host_limits
-from em_sampler.transforms.dispatch import build_transform
+from em_sampler.transforms.batch import BatchParams, Column, host_limits, pack_row, to_device
+from em_sampler.transforms.eager import EagerTransform
 from em_sampler.vllm_plugin.request import params_of
+from em_sampler.vllm_plugin.transform import build_transform
 
 
 class V2Processor(LogitsProcessor):
@@ -32,26 +33,32 @@ class V2Processor(LogitsProcessor):
         slots, device = req_states.max_num_reqs, req_states.device
         rows, parallel = slots * (1 + vllm_config.num_speculative_tokens), vllm_config.parallel_config
         is_first_rank = parallel.rank % parallel.tensor_parallel_size == 0
+        # With it, each rank samples requests of its own. None is off; a release may not have it.
+        is_sharded = bool(getattr(parallel, "enable_batch_sharded_sampling", False))
         self.req_states = req_states
         self.params: list[Params | None] = [None] * slots
         self.has_method = np.zeros(slots, dtype=bool)
-        self.slot_params = BatchParams.of(self.params, device)  # a row per slot
-        self.is_stale = False  # `slot_params` is behind `params`
+        self.device = device
+        self.table = np.zeros((slots, len(Column)), dtype=np.float32)  # `pack_row` of each slot's params
+        self.device_table = to_device(self.table, device)
+        self.is_stale = False  # `device_table` is behind `table`
         self.transform = build_transform(req_states.vocab_size, device, rows)
-        self.recorder = StatsRecorder(slots, rows, device, enabled=is_first_rank)
+        self.needs_limits = isinstance(self.transform, EagerTransform)
+        self.recorder = StatsRecorder(slots, rows, device, enabled=is_first_rank or is_sharded)
 
     def add_request(self, req_idx: int, sampling_params: SamplingParams) -> bool:
         """Assign slot `req_idx` to a request; return whether it has a method."""
         params = self.params[req_idx] = params_of(sampling_params)
         self.recorder.assign(req_idx, ReturnAddress.from_extra_args(sampling_params.extra_args) if params else None)
         self.has_method[req_idx] = params is not None
+        self.table[req_idx] = pack_row(params)
         self.is_stale = True
         return bool(self.has_method[req_idx])
 
     def apply_staged_writes(self) -> None:
         """Copy the params of new requests to the device, before the step that samples for them."""
         if self.is_stale:
-            self.slot_params = BatchParams.of(self.params, self.slot_params.values.device)
+            self.device_table = to_device(self.table, self.device)
             self.is_stale = False
 
     def apply(self, logits: Tensor, ctx: LogitsContext) -> Tensor:
@@ -59,8 +66,10 @@ class V2Processor(LogitsProcessor):
         active = ctx.idx_mapping_np[self.has_method[ctx.idx_mapping_np]]  # slots, [requests with a method]
         if not len(active):
             return logits
-        values = self.slot_params.values.index_select(0, ctx.expanded_idx_mapping)
-        batch_params = BatchParams(values, *host_limits([self.params[slot] for slot in active]))
+        values = self.device_table.index_select(0, ctx.expanded_idx_mapping)
+        # Only the eager form asks for the limits, which take longer to find than the fast forms take to start.
+        limits = host_limits([self.params[slot] for slot in active]) if self.needs_limits else (None, False)
+        batch_params = BatchParams(values, *limits)
         buffer = self.recorder.start_step()
         output = self.transform(logits, batch_params)
         if buffer:

@@ -56,6 +56,25 @@ def forbidden_to_wait() -> Iterator[None]:
 # From the host to the API servers
 
 
+def test_the_thread_sets_its_device_first(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Without it, waiting for an event would open a CUDA context on GPU 0."""
+
+    class StoppedError(Exception):
+        pass
+
+    devices = []
+
+    def stop(device: torch.device) -> None:
+        devices.append(device)
+        raise StoppedError
+
+    monkeypatch.setattr(torch.cuda, "set_device", stop)
+    recorder = StatsRecorder(1, 1, torch.device("cuda:1"), enabled=False)
+    with pytest.raises(StoppedError):
+        recorder._run(f"ipc://{tmp_path}")
+    assert devices == [torch.device("cuda:1")]
+
+
 @pytest.fixture
 def folder(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     with socket_dir() as path:

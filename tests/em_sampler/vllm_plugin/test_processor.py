@@ -8,7 +8,7 @@ from vllm import SamplingParams
 
 from em_sampler.stats.transport import SOCKET_DIR_ENV
 from em_sampler.vllm_plugin.processor import EMInfLogitsProcessor
-from tests.em_sampler.vllm_plugin.support import asking, context, update, v1, v2
+from tests.em_sampler.vllm_plugin.support import asking, config, context, states, update, v1, v2
 
 
 def test_nothing_is_done_without_work(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -61,3 +61,15 @@ def test_the_first_rank_of_a_group_records_for_all(
         second.add_request(0, asked)
         recorder = second.recorder
     assert (recorder.start_step() is not None) is records
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_every_rank_records_where_each_samples_its_own_requests(
+    rank: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(SOCKET_DIR_ENV, str(tmp_path))
+    settings = config(rank, tensor_parallel_size=2)
+    settings.parallel_config.enable_batch_sharded_sampling = True
+    processor = EMInfLogitsProcessor(settings, states())
+    processor.add_request(0, asking(1, number=1))
+    assert processor.recorder.start_step() is not None

@@ -1,7 +1,10 @@
 """The V2 runner's processor: which slot each row belongs to, and what is recorded of it."""
 
+import pytest
 import torch
 
+from em_sampler.transforms.eager import EagerTransform
+from em_sampler.vllm_plugin import v2 as module
 from tests.em_sampler.vllm_plugin.support import asking, context, expected, logits_of, record, v2
 
 
@@ -57,3 +60,29 @@ def test_nothing_is_recorded_of_a_slot_s_last_request() -> None:
     assert recorder.assigned == {}
     processor.add_request(5, asking(2, number=53))
     assert recorder.assigned == {5: 53}
+
+
+def test_limits_are_found_for_the_eager_form_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unwanted(_: object) -> None:
+        raise AssertionError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "host_limits", unwanted)
+        fast = v2()
+        fast.add_request(1, asking(3))
+        fast.apply_staged_writes()
+        assert torch.equal(fast.apply(logits_of(1), context([1], [1])), expected(1, [3]))
+    monkeypatch.setattr(module, "build_transform", lambda *sizes: EagerTransform(*sizes))
+    slow = v2()
+    slow.add_request(1, asking(3))
+    slow.apply_staged_writes()
+    torch.testing.assert_close(slow.apply(logits_of(1), context([1], [1])), expected(1, [3]))
+
+
+def test_a_new_request_reaches_the_device_s_table_only_before_a_step() -> None:
+    """The copy on the device is another memory: a step in flight may still read it."""
+    processor = v2()
+    processor.add_request(1, asking(3))
+    assert not processor.device_table.any()
+    processor.apply_staged_writes()
+    assert processor.device_table[1].any()
