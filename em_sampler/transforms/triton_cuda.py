@@ -87,13 +87,13 @@ class TritonTransform:
         self.particle_counts = memory(torch.int32)
         self.moves = memory(torch.int64, CELLS.value)  # see `_descend`
         self.history = memory(torch.float32, HISTORY.value, STEP_SCALARS.value)
-        nothing = BatchParams.of([None, None], device)
+        nothing = BatchParams.of([None], device)
         aligned = triton.cdiv(vocab_size, 64) * 64
         # By whether rows begin at multiples of 16 bytes. Both are compiled here, so that no batch waits for a compiler.
         self.launches = {}
         for width, offset in ((aligned, 0), (aligned + 1, 1)):
             logits = torch.zeros(2 * width + 1, device=device)[offset : offset + 2 * width].view(2, width)
-            logits = logits[:, :vocab_size]
+            logits = logits[:1, :vocab_size]
             self.launches[_has_aligned_rows(logits)] = self._compile(logits, nothing)
             self(logits, nothing)
 
