@@ -71,9 +71,9 @@ class TritonTransform:
     name = "triton_cuda"
 
     def __init__(self, vocab_size: int, device: torch.device, max_rows: int) -> None:
-        self.vocab_size, self.max_rows, self.splits = vocab_size, max_rows, triton.cdiv(vocab_size, CHUNK.value)
-        self.group_rows = max(min(max_rows, MAX_GROUP_ROWS), 1)  # rows of one launch
-        self.stats = torch.empty(3, max(max_rows, 1), dtype=torch.int32, device=device)
+        self.vocab_size, self.max_rows, self.splits = vocab_size, max(max_rows, 1), triton.cdiv(vocab_size, CHUNK.value)
+        self.group_rows = min(self.max_rows, MAX_GROUP_ROWS)  # rows of one launch
+        self.stats = torch.empty(3, self.max_rows, dtype=torch.int32, device=device)
 
         def memory(dtype: torch.dtype, *shape: int) -> Tensor:
             return torch.empty(self.group_rows, *shape, dtype=dtype, device=device)
