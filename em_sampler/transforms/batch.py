@@ -162,6 +162,8 @@ class Transform(Protocol):
     An implementation is built for a vocabulary size, a device and a largest number of rows (dispatch.build_transform).
     """
 
+    name: str  # as operators see it
+
     def __call__(self, logits: Tensor, params: BatchParams) -> TransformOutput:
         """Transform `logits` [rows, vocab] float32 in place, row i by row i of `params`.
 

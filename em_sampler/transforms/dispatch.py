@@ -67,15 +67,6 @@ def _build_triton(vocab_size: int, device: torch.device, max_rows: int) -> Trans
 _BUILDERS: dict[str, Callable[[int, torch.device, int], Transform]] = {"cpu": _build_numba, "cuda": _build_triton}
 
 
-# By class name: the modules of the fast forms are imported on their devices alone.
-_NAMES = {"NumbaTransform": "numba_cpu", "TritonTransform": "triton_cuda", "EagerTransform": "eager"}
-
-
-def name_of(transform: Transform) -> str:
-    """Return the name of an implementation, as operators see it."""
-    return _NAMES[type(transform).__name__]
-
-
 class ReusableTransform:
     """The fastest implementation for each call's logits, kept for later calls and rebuilt if a batch outgrows it.
 

@@ -37,6 +37,8 @@ def transform(logits: Tensor, params: Sequence[Params | None]) -> TransformOutpu
 class EagerTransform:
     """The eager implementation, with a workspace that is allocated once."""
 
+    name = "eager"
+
     def __init__(self, vocab_size: int, device: torch.device, max_rows: int) -> None:
         self.chunk_rows = max(1, min(max_rows, CHUNK_LOGITS.get(device.type, 2**23) // max(vocab_size, 1)))
         self.buffers = torch.empty(BUFFERS, self.chunk_rows, vocab_size, dtype=torch.float32, device=device)

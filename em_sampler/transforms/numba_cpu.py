@@ -87,6 +87,8 @@ class NumbaTransform:
     The rows of a large batch are divided among torch's threads, as many as torch uses when this is built.
     """
 
+    name = "numba_cpu"
+
     def __init__(self, vocab_size: int) -> None:
         self.threads = torch.get_num_threads()
         self.workspaces = tuple(

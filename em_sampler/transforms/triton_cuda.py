@@ -1,7 +1,6 @@
-"""The transform on CUDA in Triton: four launches per batch, whatever its rows, their params and the number of steps.
+"""The transform on CUDA in Triton: six launches per batch, whatever its rows, their params and the number of steps.
 
-A row's logits are counted in a histogram that is fine where the transform is not smooth. The gradient steps run on its
-4,096 cells, each with a tangent; every logit then moves by the tangent of its cell: docs/the-transform.md.
+What the kernels do: triton_kernels.py.
 """
 
 from collections.abc import Callable
@@ -9,56 +8,25 @@ from typing import Any
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
-from em_sampler.params import MAX_STEPS
-from em_sampler.transforms import reference
-from em_sampler.transforms.batch import BatchParams, Column, Method, TransformOutput
+from em_sampler.transforms import triton_kernels as kernels
+from em_sampler.transforms.batch import BatchParams, TransformOutput
 
-C = tl.constexpr  # Triton accepts no other globals, and no enums
-OFF, EM_INF = C(Method.OFF.value), C(Method.EM_INF.value)
-ADAPTIVE_TEMPERATURE = C(Method.ADAPTIVE_TEMPERATURE.value)
-METHOD, THRESHOLD, STEPS = C(Column.METHOD.value), C(Column.THRESHOLD.value), C(Column.STEPS.value)
-LEARNING_RATE, KL_WEIGHT, ADAM = C(Column.LEARNING_RATE.value), C(Column.KL_WEIGHT.value), C(Column.ADAM.value)
-RATIO, MIN_TEMPERATURE = C(Column.RATIO.value), C(Column.MIN_TEMPERATURE.value)
-MAX_TEMPERATURE, COLUMNS = C(Column.MAX_TEMPERATURE.value), C(len(Column))
-BETA1, BETA2, EPSILON = C(reference.BETA1), C(reference.BETA2), C(reference.EPSILON)
+MAX_GROUP_ROWS = 512  # of one launch: 133 kB of memory each
 
-CHUNK, APPLY_CHUNK = C(4096), C(2048)  # logits of one program
-MAX_GROUP_ROWS = 512  # of one launch: 130 kB of memory each
-PARTIALS = C(5)  # numbers that a program leaves of its chunk: see `_row_stats_kernel`
-HISTORY, STEP_SCALARS = C(MAX_STEPS), C(3)  # a row's scalars of every step: the top, 1 / total, mean minus top
-# A row's scalars: see `_row_scalars_kernel`.
-PEAK, TOTAL, MEAN, SPREAD, OFF_GRID, ENTROPY, HEAVY_FROM, ACTIVE, SCALARS = (C(i) for i in range(9))
+# In the order of their launch: (kernel, warps of a program, particles of a program).
+LAUNCHES: tuple[tuple[Any, int, int | None], ...] = (
+    (kernels.row_stats_kernel, 16, None),
+    (kernels.row_scalars_kernel, 4, None),
+    (kernels.histogram_kernel, 16, None),
+    (kernels.solve_kernel, 8, kernels.NARROW.value),
+    (kernels.solve_kernel, 32, kernels.PARTICLES.value),
+    (kernels.apply_kernel, 16, None),
+)
 
-# The histogram: a cell is a sign, an octave and some bits of the distance from the row's centre. A row of EM-INF has 16
-# octaves, down from its own spread, with 7 bits each. A row of adaptive temperature has 32 octaves from 2^-16 up, with
-# 6 bits each: it may look further down.
-CELLS, CELLS_PER_SIGN = C(4096), C(2048)
-OCTAVES_EM_INF, MIN_OCTAVE_EM_INF, MIN_OCTAVE_ADAPTIVE = C(16), C(-100), C(-16)
-CELL_BITS_EM_INF, CELL_BITS_ADAPTIVE = C(16), C(17)  # a cell spans 2^this neighbouring float32 numbers
-# A cell packs into one integer how many logits fell into it and, in the lower bits, the sum of their positions in it.
-COUNT_SHIFT, POSITION_MASK = C(40), C((1 << 40) - 1)
-
-# A logit with a probability of at least 1 / 4096 is heavy: it stays out of the histogram and is worked exactly, since
-# others next to it may part from it. A row has at most 4,096 of them.
-HEAVY, HEAVY_NATS = C(4096), C(8.317766)
-# `_solve_kernel` works on particles: the cells that matter, then the heavy logits. Few rows have more than NARROW.
-PARTICLES, NARROW = C(4096 + 4096), C(1024)
-
-CUTOFF_NATS_EM_INF = C(25.0)  # logits further below the peak do not count: 150,000 of them weigh 2e-6
-MIN_EXP_ARGUMENT = C(-87.0)  # e^-87 is nothing beside the peak's 1
-LOWEST_LOGIT = C(-3e38)  # stands in for -inf wherever numbers are subtracted
-MIN_SPREAD_COUNT = C(8)  # the logits of a cell with fewer are taken to be equal
-MAX_ABOVE_TOP = C(0.01)  # cells further above the highest logit are empty, and must not run away
-MAX_SLOPE = C(1e4)  # nor may a slope
-MAX_TANGENT_MOVE = C(0.01)  # a cell is not trusted with its tangent if the move differs by more across it
-SAME_X = C(3e-7)  # relative: two x this close are the same
-MAX_CELL_VARIANCE = C(0.1)  # beyond this variance within a cell, its second-order term says nothing
-
-TEMPERATURE_TOLERANCE = C(1e-6)  # relative
-MAX_TRIALS = C(60)  # of temperatures; bisection alone needs 24
+Grid = tuple[int, int, int]
+Arguments = tuple[Any, ...]
 
 
 class TritonTransform:
@@ -71,30 +39,32 @@ class TritonTransform:
     name = "triton_cuda"
 
     def __init__(self, vocab_size: int, device: torch.device, max_rows: int) -> None:
-        self.vocab_size, self.max_rows, self.splits = vocab_size, max(max_rows, 1), triton.cdiv(vocab_size, CHUNK.value)
-        self.group_rows = min(self.max_rows, MAX_GROUP_ROWS)  # rows of one launch
+        self.vocab_size, self.max_rows = vocab_size, max(max_rows, 1)
+        self.splits = triton.cdiv(vocab_size, kernels.CHUNK.value)
+        self.group_rows = min(self.max_rows, MAX_GROUP_ROWS)
         self.stats = torch.empty(3, self.max_rows, dtype=torch.int32, device=device)
 
         def memory(dtype: torch.dtype, *shape: int) -> Tensor:
             return torch.empty(self.group_rows, *shape, dtype=dtype, device=device)
 
-        self.partials = memory(torch.float32, self.splits, PARTIALS.value)
-        self.scalars = memory(torch.float32, SCALARS.value)
-        self.counts = memory(torch.int64, CELLS.value)
-        self.heavy = memory(torch.int64, HEAVY.value)  # x and the token of each heavy logit
+        self.partials = memory(torch.float32, self.splits, kernels.PARTIALS.value)
+        self.scalars = memory(torch.float32, kernels.SCALARS.value)
+        self.counts = memory(torch.int64, kernels.CELLS.value)
+        self.heavy = memory(torch.int64, kernels.HEAVY.value)  # x, later the move, and the token of each heavy logit
         self.heavy_counts = memory(torch.int32, self.splits)
-        self.order = memory(torch.int32, PARTICLES.value)  # cells, then heavy logits: what `_solve_kernel` works on
+        self.heavy_from = memory(torch.float32, self.splits)  # the chunk's bound: see `histogram_kernel`
+        self.order = memory(torch.int32, kernels.PARTICLES.value)  # of the particles: cells, then heavy logits
         self.particle_counts = memory(torch.int32)
-        self.moves = memory(torch.int64, CELLS.value)  # see `_descend`
-        self.history = memory(torch.float32, HISTORY.value, STEP_SCALARS.value)
+        self.moves = memory(torch.int64, kernels.CELLS.value)  # see `_descend`
+        self.history = memory(torch.float32, kernels.HISTORY.value, kernels.STEP_SCALARS.value)
         nothing = BatchParams.of([None], device)
-        aligned = triton.cdiv(vocab_size, 64) * 64
         # By whether rows begin at multiples of 16 bytes. Both are compiled here, so that no batch waits for a compiler.
-        self.launches = {}
-        for width, offset in ((aligned, 0), (aligned + 1, 1)):
-            logits = torch.zeros(2 * width + 1, device=device)[offset : offset + 2 * width].view(2, width)
-            logits = logits[:1, :vocab_size]
-            self.launches[_has_aligned_rows(logits)] = self._compile(logits, nothing)
+        self.compiled: dict[bool, list[Callable[..., None]]] = {}
+        width = triton.cdiv(vocab_size, 64) * 64
+        for padding, offset in ((0, 0), (1, 1)):
+            logits = torch.zeros(2 * (width + 1) + 1, device=device)[offset : offset + 2 * (width + padding)]
+            logits = logits.view(2, -1)[:1, :vocab_size]
+            self.compiled[_has_aligned_rows(logits)] = self._compile(logits, nothing)
             self(logits, nothing)
 
     def __call__(self, logits: Tensor, params: BatchParams) -> TransformOutput:
@@ -109,52 +79,46 @@ class TritonTransform:
                 f"logits must be at most {self.max_rows} rows x {self.vocab_size}, each row adjacent in memory: "
                 f"got {list(logits.shape)} with strides {list(logits.stride())}"
             )
-        launch = self.launches[_has_aligned_rows(logits)]
-        if rows <= self.group_rows:
-            launch(logits, params.values, self.stats, rows)
+        compiled = self.compiled[_has_aligned_rows(logits)]
+        if 0 < rows <= self.group_rows:  # as nearly always: slices would take as long as the launches
+            self._launch(compiled, logits, params.values, self.stats)
         else:
             for start in range(0, rows, self.group_rows):
                 group = slice(start, start + self.group_rows)
-                launch(logits[group], params.values[group], self.stats[:, group], min(self.group_rows, rows - start))
+                self._launch(compiled, logits[group], params.values[group], self.stats[:, group])
         return TransformOutput(logits, self.stats[:, :rows])
 
-    def _compile(self, logits: Tensor, params: BatchParams) -> "_Launch":
-        """Compile all kernels for batches whose rows are aligned like `logits`; return what launches them."""
-        sizes = {"VOCAB": self.vocab_size, "SPLITS": self.splits, "SPLITS_POW2": triton.next_power_of_2(self.splits)}
-        # Every chunk of a row has as many slots for heavy logits.
-        sizes["SLOTS"] = HEAVY.value // sizes["SPLITS_POW2"]
-        example = logits, logits.stride(0)
-        stats = self.partials, self.scalars
-        found = self.counts, self.heavy, self.heavy_counts
-        solve = (*found, self.order, self.particle_counts, self.moves, self.history, self.stats, self.stats.stride(0))
+    def _launch(self, compiled: list[Callable[..., None]], logits: Tensor, params: Tensor, stats: Tensor) -> None:
+        for kernel, (grid, arguments) in zip(compiled, self._launches(logits, params, stats), strict=True):
+            kernel(grid, *arguments)
 
-        def compiled(kernel: Any, *args: Any, warps: int, **more: int) -> Callable[..., None]:
-            return _compile(kernel, args, sizes | more, warps)
+    def _launches(self, logits: Tensor, params: Tensor, stats: Tensor) -> tuple[tuple[Grid, Arguments], ...]:
+        """Return the (grid, arguments) of each of LAUNCHES for a group of rows."""
+        rows = len(logits)
+        chunks, row, results = (logits, logits.stride(0)), (params, self.scalars), (stats, self.stats.stride(0))
+        heavy = self.heavy, self.heavy_counts
+        solve = (*row, self.counts, *heavy, self.order, self.particle_counts, self.moves, self.history, *results)
+        parts = triton.cdiv(self.vocab_size, kernels.APPLY_CHUNK.value)
+        return (
+            ((self.splits, rows, 1), (*chunks, params, self.partials)),
+            ((rows, 1, 1), (params, self.partials, self.scalars, self.counts, *results)),
+            ((self.splits, rows, 1), (*chunks, *row, self.counts, *heavy, self.heavy_from)),
+            ((rows, 1, 1), solve),
+            ((rows, 1, 1), solve),
+            ((parts, rows, 1), (*chunks, *row, *heavy, self.heavy_from, self.moves, self.history, *results)),
+        )
 
-        row_stats = compiled(_row_stats_kernel, *example, params.values, self.partials, warps=16)
-        row_scalars = compiled(_row_scalars_kernel, params.values, *stats, self.counts, *solve[-2:], warps=4)
-        histogram = compiled(_histogram_kernel, *example, params.values, self.scalars, *found, warps=16)
-        narrow = compiled(_solve_kernel, params.values, self.scalars, *solve, warps=8, WIDTH=NARROW.value)
-        wide = compiled(_solve_kernel, params.values, self.scalars, *solve, warps=32, WIDTH=PARTICLES.value)
-        moves = self.heavy, self.heavy_counts, self.moves, self.history, *solve[-2:]
-        apply = compiled(_apply_kernel, *example, params.values, self.scalars, *moves, warps=16)
-        splits, stride, applied = self.splits, self.stats.stride(0), triton.cdiv(self.vocab_size, APPLY_CHUNK.value)
-
-        def launch(logits: Tensor, values: Tensor, stats_of_rows: Tensor, rows: int) -> None:
-            if rows == 0:
-                return
-            chunks, results = (logits, logits.stride(0)), (stats_of_rows, stride)
-            row_stats((splits, rows, 1), *chunks, values, self.partials)
-            row_scalars((rows, 1, 1), values, *stats, self.counts, *results)
-            histogram((splits, rows, 1), *chunks, values, self.scalars, *found)
-            narrow((rows, 1, 1), values, self.scalars, *solve[:-2], *results)
-            wide((rows, 1, 1), values, self.scalars, *solve[:-2], *results)
-            apply((applied, rows, 1), *chunks, values, self.scalars, *moves[:-2], *results)
-
-        return launch
-
-
-_Launch = Callable[[Tensor, Tensor, Tensor, int], None]  # logits, params, stats [3, rows], rows
+    def _compile(self, logits: Tensor, params: BatchParams) -> list[Callable[..., None]]:
+        """Compile the kernels for batches whose rows are aligned like `logits`: what takes a grid and arguments."""
+        splits_pow2 = triton.next_power_of_2(self.splits)
+        sizes: dict[str, int | None] = {"VOCAB": self.vocab_size, "SPLITS": self.splits, "SPLITS_POW2": splits_pow2}
+        sizes["SLOTS"] = kernels.HEAVY.value // splits_pow2  # for heavy logits, in every chunk of a row
+        return [
+            _compile_kernel(kernel, arguments, sizes | {"WIDTH": particles}, warps)
+            for (kernel, warps, particles), (_, arguments) in zip(
+                LAUNCHES, self._launches(logits, params.values, self.stats), strict=True
+            )
+        ]
 
 
 def _has_aligned_rows(logits: Tensor) -> bool:
@@ -162,484 +126,18 @@ def _has_aligned_rows(logits: Tensor) -> bool:
     return logits.data_ptr() % 16 == 0 and logits.stride(0) % 16 == 0
 
 
-def _compile(kernel: Any, args: tuple[Any, ...], constants: dict[str, int], warps: int) -> Callable[..., None]:
-    """Compile `kernel` for arguments like `args`; return a function that takes its grid and such arguments.
+def _compile_kernel(
+    kernel: Any, arguments: Arguments, constants: dict[str, int | None], warps: int
+) -> Callable[..., None]:
+    """Compile `kernel` for arguments like `arguments`; return a function that takes its grid and such arguments.
 
     It launches the compiled kernel itself: Triton's own way there takes several times as long, since it compares every
     global and specialises every argument again.
     """
-    names = [name for name in kernel.arg_names if name.isupper()]
-    constants = {name: constants[name] for name in names}
+    constants = {name: constants[name] for name in kernel.arg_names if name.isupper()}
     if not isinstance(kernel, triton.JITFunction):  # Triton's interpreter
-        return lambda grid, *args: kernel[grid](*args, **constants)
+        return lambda grid, *arguments: kernel[grid](*arguments, **constants)
     # No fused multiply-add: p - p0 must be exactly 0 until something has moved.
-    found = kernel.warmup(*args, **constants, grid=(1,), num_warps=warps, enable_fp_fusion=False)
+    compiled = kernel.warmup(*arguments, **constants, grid=(1,), num_warps=warps, enable_fp_fusion=False)
     values = tuple(constants.values())
-    return lambda grid, *args: found[grid](*args, *values)
-
-
-@triton.jit
-def _row_stats_kernel(
-    logits_ptr, row_stride, params_ptr, partials_ptr,
-    VOCAB: tl.constexpr, SPLITS: tl.constexpr, SPLITS_POW2: tl.constexpr,
-):  # fmt: skip
-    """Store the partials of one chunk of a row, for `_combine_partials`.
-
-    These are the maximum, the sum and the first moment of exp(z - maximum), the lowest logit within the cutoff of the
-    maximum, and the number of logits that bfloat16 cannot represent: infinite if the chunk holds NaN or +inf.
-    """
-    split, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    if tl.load(params_ptr + row * COLUMNS + METHOD) == OFF:
-        return
-    at = split * CHUNK + tl.arange(0, CHUNK)
-    z = tl.load(logits_ptr + row * row_stride + at, mask=at < VOCAB, other=-float("inf"))
-    off_grid = ((z.to(tl.int32, bitcast=True) & 0xFFFF) != 0).to(tl.float32)
-    off_grid = tl.where((z != z) | (z == float("inf")), float("inf"), off_grid)
-    peak = tl.maximum(tl.max(z), LOWEST_LOGIT)
-    below = tl.maximum(z - peak, MIN_EXP_ARGUMENT)
-    e = tl.where(z - peak > MIN_EXP_ARGUMENT, tl.exp(below), 0.0)
-    out = partials_ptr + (row * SPLITS + split) * PARTIALS
-    tl.store(out, peak)
-    tl.store(out + 1, tl.sum(e))
-    tl.store(out + 2, tl.sum(e * below))
-    tl.store(out + 3, tl.min(tl.where(z - peak > -CUTOFF_NATS_EM_INF, z, peak)))
-    tl.store(out + 4, tl.sum(off_grid))
-
-
-@triton.jit
-def _row_scalars_kernel(
-    params_ptr, partials_ptr, scalars_ptr, counts_ptr, stats_ptr, stats_stride,
-    SPLITS: tl.constexpr, SPLITS_POW2: tl.constexpr,
-):  # fmt: skip
-    """Store the scalars of one row and its stats without a step. If its method changes it, clear its histogram.
-
-    PEAK: the highest logit. TOTAL: the sum of exp(z - peak). MEAN: of z - peak, under the probabilities. SPREAD: the
-    peak minus the lowest logit within the cutoff. OFF_GRID: the number of logits that bfloat16 cannot represent.
-    ENTROPY: NaN if the row is to be left as it is. HEAVY_FROM: the z - peak of the lightest heavy logit. ACTIVE: 1 if
-    its method changes the row, else 0.
-    """
-    row = tl.program_id(0).to(tl.int64)
-    p, out, stats = params_ptr + row * COLUMNS, scalars_ptr + row * SCALARS, stats_ptr + row
-    if tl.load(p + METHOD) == OFF:
-        tl.store(out + ACTIVE, 0.0)
-        _store_stats(stats, stats_stride, float("nan"), float("nan"), 0)
-        return
-    split = tl.arange(0, SPLITS_POW2)
-    at, mask = partials_ptr + (row * SPLITS + split) * PARTIALS, split < SPLITS
-    peaks = tl.load(at, mask=mask, other=LOWEST_LOGIT)
-    sums = tl.load(at + 1, mask=mask, other=0.0)
-    moments = tl.load(at + 2, mask=mask, other=0.0)
-    lows = tl.load(at + 3, mask=mask, other=LOWEST_LOGIT)
-    off_grid = tl.sum(tl.load(at + 4, mask=mask, other=0.0))
-    peak = tl.max(peaks)
-    below = tl.maximum(peaks - peak, MIN_EXP_ARGUMENT)
-    scale = tl.where(peaks - peak > MIN_EXP_ARGUMENT, tl.exp(below), 0.0)
-    total = tl.sum(sums * scale)
-    mean = tl.sum((moments + sums * below) * scale) / total
-    reach = tl.where(peaks - peak > -CUTOFF_NATS_EM_INF, tl.minimum(peak - lows, CUTOFF_NATS_EM_INF), 0.0)
-    h = tl.maximum(tl.log(total) - mean, 0.0)
-    h = tl.where((off_grid == float("inf")) | (peak == LOWEST_LOGIT), float("nan"), h)
-    method, threshold = tl.load(p + METHOD), tl.load(p + THRESHOLD)
-    descends = (method == EM_INF) & (h >= threshold) & (tl.load(p + STEPS) > 0)
-    active = descends | ((method == ADAPTIVE_TEMPERATURE) & (h > threshold))
-    tl.store(out + PEAK, peak)
-    tl.store(out + TOTAL, total)
-    tl.store(out + MEAN, mean)
-    tl.store(out + SPREAD, tl.max(reach))
-    tl.store(out + OFF_GRID, off_grid)
-    tl.store(out + ENTROPY, h)
-    tl.store(out + HEAVY_FROM, tl.log(total) - HEAVY_NATS)
-    tl.store(out + ACTIVE, active.to(tl.float32))
-    _store_stats(stats, stats_stride, h, h, 0)
-    if active:
-        tl.store(counts_ptr + row * CELLS + tl.arange(0, CELLS), tl.zeros([CELLS], tl.int64))
-
-
-@triton.jit
-def _store_stats(stats, stats_stride, before, after, steps):
-    """Store a row of `TransformOutput.stats`."""
-    tl.store(stats, tl.full([], before, tl.float32).to(tl.int32, bitcast=True))
-    tl.store(stats + stats_stride, tl.full([], after, tl.float32).to(tl.int32, bitcast=True))
-    tl.store(stats + 2 * stats_stride, steps)
-
-
-@triton.jit
-def _lay_out_cells(p, scalars):
-    """Return the layout of a row's histogram: (centre, smallest octave's exponent, bits of a cell, cutoff in nats).
-
-    The centre is relative to the peak. The moves of EM-INF are not smooth at its cut, where log p + H = 0: that is the
-    mean. Adaptive temperature depends most on the logits next to the peak, and the hotter it may become, the further
-    down it looks.
-    """
-    adaptive = tl.load(p + METHOD) == ADAPTIVE_TEMPERATURE
-    mean, spread = tl.load(scalars + MEAN), tl.load(scalars + SPREAD)
-    outer = (spread.to(tl.int32, bitcast=True) >> 23) - 127 + 1  # the octave above the spread
-    min_octave = tl.where(adaptive, MIN_OCTAVE_ADAPTIVE, tl.maximum(outer - OCTAVES_EM_INF, MIN_OCTAVE_EM_INF))
-    cell_bits = tl.where(adaptive, CELL_BITS_ADAPTIVE, CELL_BITS_EM_INF)
-    hottest = tl.maximum(tl.load(p + MAX_TEMPERATURE), 1.0)
-    return (
-        tl.where(adaptive, 0.0, mean),
-        min_octave,
-        cell_bits,
-        tl.where(adaptive, -MIN_EXP_ARGUMENT * hottest, CUTOFF_NATS_EM_INF),
-    )
-
-
-@triton.jit
-def _find_cell(x, min_octave, cell_bits):
-    """Return (cell, position in the cell, from 0 to below 2^cell_bits) for distances x from the centre."""
-    bits = x.to(tl.int32, bitcast=True)
-    size, low = bits & 0x7FFFFFFF, (min_octave + 127) << 23
-    near = tl.minimum(tl.abs(x) / _power_of_2(min_octave), 1.0) * _power_of_2(
-        cell_bits
-    )  # the smallest octave goes on to 0
-    position = tl.where(size < low, near.to(tl.int32), size) & ((1 << cell_bits) - 1)
-    cell = tl.minimum(tl.maximum(size - low, 0) >> cell_bits, CELLS_PER_SIGN - 1)
-    return tl.where(bits < 0, cell + CELLS_PER_SIGN, cell), position
-
-
-@triton.jit
-def _power_of_2(exponent):
-    """Return 2^exponent in float32 for an integer exponent."""
-    return ((exponent + 127) << 23).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _histogram_kernel(
-    logits_ptr, row_stride, params_ptr, scalars_ptr, counts_ptr, heavy_ptr, heavy_counts_ptr,
-    VOCAB: tl.constexpr, SPLITS: tl.constexpr, SLOTS: tl.constexpr,
-):  # fmt: skip
-    """Add one chunk of an active row to its histogram, and list its heavy logits, in the order of the vocabulary.
-
-    The histogram consists of integers: the order of the additions changes nothing. If a chunk has more heavy logits
-    than slots, they all go into the histogram, and it counts as having none.
-    """
-    split, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    scalars = scalars_ptr + row * SCALARS
-    if tl.load(scalars + ACTIVE) == 0:
-        return
-    at = split * CHUNK + tl.arange(0, CHUNK)
-    z = tl.load(logits_ptr + row * row_stride + at, mask=at < VOCAB, other=-float("inf"))
-    centre, min_octave, cell_bits, cutoff = _lay_out_cells(params_ptr + row * COLUMNS, scalars)
-    peak, heavy_from = tl.load(scalars + PEAK), tl.load(scalars + HEAVY_FROM)
-    below = z - peak
-    heavies = tl.sum((below >= heavy_from).to(tl.int32))
-    heavies = tl.where(heavies > SLOTS, 0, heavies)
-    tl.store(heavy_counts_ptr + row * SPLITS + split, heavies)
-    cell, position = _find_cell(below - centre, min_octave, cell_bits)
-    one = (tl.full([CHUNK], 1, tl.int64) << COUNT_SHIFT) + position
-    counted = (below > -cutoff) & (below < tl.where(heavies > 0, heavy_from, float("inf")))
-    tl.atomic_add(counts_ptr + row * CELLS + cell, one, mask=counted, sem="relaxed")
-    if heavies > 0:
-        # Read again: kept in registers, the logits would take the place of another program.
-        token = split * CHUNK + tl.arange(0, CHUNK)
-        below = tl.load(logits_ptr + row * row_stride + token, mask=token < VOCAB, other=-float("inf")) - peak
-        heavy = below >= heavy_from
-        slot = split * SLOTS + tl.cumsum(heavy.to(tl.int32)) - 1
-        tl.store(heavy_ptr + row * HEAVY + slot, _pack(below - centre, token), mask=heavy)
-
-
-@triton.jit
-def _pack(upper, lower):
-    """Pack a float32 and an int32 into one int64."""
-    return (upper.to(tl.int32, bitcast=True).to(tl.int64) << 32) | (lower.to(tl.int64) & 0xFFFFFFFF)
-
-
-@triton.jit
-def _unpack(packed):
-    """Return (upper float32, lower int32) of `_pack`."""
-    return (packed >> 32).to(tl.int32).to(tl.float32, bitcast=True), packed.to(tl.int32)
-
-
-@triton.jit
-def _find_particles(
-    counts, heavy_counts, order, lowest, min_octave, cell_bits,
-    SPLITS: tl.constexpr, SLOTS: tl.constexpr,
-):  # fmt: skip
-    """Store the row's particles in `order`, without gaps, and return their number.
-
-    A particle is a cell, by its number, or a heavy logit: CELLS + its slot. An empty cell is one only below `lowest`,
-    the x from which on logits were not counted: these do not count, but they move.
-    """
-    k = tl.arange(0, CELLS)
-    outer = (((min_octave + 127) << 23) + (((k & (CELLS_PER_SIGN - 1)) + 1) << cell_bits)).to(tl.float32, bitcast=True)
-    used = (tl.load(counts + k) > 0) | ((k >= CELLS_PER_SIGN) & (outer >= -lowest))
-    tl.store(order + tl.cumsum(used.to(tl.int32)) - 1, k, mask=used)
-    cells = tl.sum(used.to(tl.int32))
-    slot = tl.arange(0, HEAVY)
-    split = slot // SLOTS
-    used = slot - split * SLOTS < tl.load(heavy_counts + split, mask=split < SPLITS, other=0)
-    heavies = tl.sum(used.to(tl.int32))
-    if heavies > 0:
-        tl.store(order + cells + tl.cumsum(used.to(tl.int32)) - 1, slot + CELLS, mask=used)
-    return cells + heavies
-
-
-@triton.jit
-def _read_particles(counts, heavy, order, particles, min_octave, cell_bits, WIDTH: tl.constexpr):
-    """Return (number in the order, count, mean x, width, token) of each particle; count 0 for those that are missing.
-
-    An empty cell has its midpoint. A heavy logit has no width. The token is -1 for a cell.
-    """
-    i = tl.arange(0, WIDTH)
-    number = tl.load(order + i, mask=i < particles, other=0)
-    is_cell = (i < particles) & (number < CELLS)
-    is_heavy = (i < particles) & (number >= CELLS)
-    packed = tl.load(counts + number, mask=is_cell, other=0)
-    n = (packed >> COUNT_SHIFT).to(tl.float32)
-    position = (packed & POSITION_MASK).to(tl.float32) / tl.maximum(n, 1.0) / _power_of_2(cell_bits)
-    k = number & (CELLS_PER_SIGN - 1)
-    bits = ((min_octave + 127) << 23) + (k << cell_bits)
-    low, high = bits.to(tl.float32, bitcast=True), (bits + (1 << cell_bits)).to(tl.float32, bitcast=True)
-    low = tl.where(k == 0, 0.0, low)
-    size = low + (high - low) * tl.where(n > 0, position, 0.5)
-    x = tl.where(number < CELLS_PER_SIGN, size, -size)
-    exact, token = _unpack(tl.load(heavy + number - CELLS, mask=is_heavy, other=0))
-    n = tl.where(is_heavy, 1.0, n)
-    return number, n, tl.where(is_heavy, exact, x), tl.where(is_heavy, 0.0, high - low), tl.where(is_heavy, token, -1)
-
-
-@triton.jit
-def _cell_variance(n, x, z, width, on_grid):
-    """Return the variance of x within each cell. The logits z of a cell are assumed to be spread evenly.
-
-    With `on_grid`, over the values that bfloat16 can represent there; without it, over the complete cell.
-    """
-    exponent = (z.to(tl.int32, bitcast=True) >> 23) & 0xFF
-    spacing = tl.where(exponent > 7, _power_of_2(exponent - 127 - 7), 0.0) * on_grid
-    variance = tl.maximum(width * width - spacing * spacing, 0.0) / 12
-    return tl.where(n < MIN_SPREAD_COUNT, 0.0, variance)
-
-
-@triton.jit
-def _sum_cells(x, slope, n, variance):
-    """Return (top, total, mean, e) of cells at x: maximum, sum of n * e, mean of x - top, and e = exp(x - top).
-
-    The variance within each cell enters the sums to second order; `slope` says how the cell was stretched.
-    """
-    top = tl.max(tl.where(n > 0, x, LOWEST_LOGIT))
-    below = tl.minimum(tl.maximum(x - top, MIN_EXP_ARGUMENT), 0.0)
-    e = tl.where(x - top > MAX_ABOVE_TOP, 0.0, tl.exp(below))
-    spread = tl.minimum(slope * slope * variance, MAX_CELL_VARIANCE)
-    weight = tl.where(n > 0, n * e, 0.0)
-    total = tl.sum(weight * (1 + spread / 2))
-    moment = tl.sum(tl.where(n > 0, weight * (below * (1 + spread / 2) + spread), 0.0))
-    return top, total, moment / total, e
-
-
-@triton.jit
-def _solve_kernel(
-    params_ptr, scalars_ptr, counts_ptr, heavy_ptr, heavy_counts_ptr, order_ptr, particle_counts_ptr, moves_ptr,
-    history_ptr, stats_ptr, stats_stride,
-    VOCAB: tl.constexpr, SPLITS: tl.constexpr, SLOTS: tl.constexpr, WIDTH: tl.constexpr,
-):  # fmt: skip
-    """Store an active row's stats, how far each heavy logit moves, and what becomes of the logits of each cell.
-
-    Launched with two widths: the narrow one finds the particles and solves for a row with at most NARROW of them, the
-    wide one for other rows.
-    """
-    row = tl.program_id(0).to(tl.int64)
-    p, scalars = params_ptr + row * COLUMNS, scalars_ptr + row * SCALARS
-    if tl.load(scalars + ACTIVE) == 0:
-        return
-    centre, min_octave, cell_bits, cutoff = _lay_out_cells(p, scalars)
-    counts, heavy, order = counts_ptr + row * CELLS, heavy_ptr + row * HEAVY, order_ptr + row * PARTICLES
-    if WIDTH == NARROW:
-        particles = _find_particles(
-            counts, heavy_counts_ptr + row * SPLITS, order, -cutoff - centre, min_octave, cell_bits, SPLITS, SLOTS
-        )
-        tl.store(particle_counts_ptr + row, particles)
-        tl.debug_barrier()  # others of this program's threads read what one has written
-        if particles > NARROW:
-            return
-    else:
-        particles = tl.load(particle_counts_ptr + row)
-        if particles <= NARROW:
-            return
-    number, n, x, width, token = _read_particles(counts, heavy, order, particles, min_octave, cell_bits, WIDTH)
-    h = tl.load(scalars + ENTROPY)
-    on_grid = tl.where(tl.load(scalars + OFF_GRID) < VOCAB / 2, 1.0, 0.0)
-    variance = _cell_variance(n, x, x + centre + tl.load(scalars + PEAK), width, on_grid)
-    history = history_ptr + row * HISTORY * STEP_SCALARS
-    if tl.load(p + METHOD) == ADAPTIVE_TEMPERATURE:
-        t, reached = _temperature(p, n, x, variance, h)
-        tl.store(history, t)
-        _store_stats(stats_ptr + row, stats_stride, h, reached, 1)
-    else:
-        moved, move, reached, taken = _descend(
-            p, n, x, width, variance, tl.load(scalars + TOTAL), centre, h, history, WIDTH
-        )
-        tl.store(moves_ptr + row * CELLS + number, move, mask=(tl.arange(0, WIDTH) < particles) & (token < 0))
-        tl.store(heavy + number - CELLS, _pack(moved, token), mask=token >= 0)
-        _store_stats(stats_ptr + row, stats_stride, h, reached, taken)
-
-
-@triton.jit
-def _descend(p, n, x, width, variance, total, centre, h, history_ptr, WIDTH: tl.constexpr):
-    """Apply EM-INF to particles; return (how far each moved, its packed move, entropy, steps).
-
-    x and its derivative `slope` with respect to the logit go through the same steps. The origin of x is the row's mean.
-    The first step has the row's exact sums, which were taken over the logits themselves. Every step's scalars are
-    stored.
-
-    A packed move is for `_apply_kernel`: how far a logit at x = 0 would move, and what x adds to it (the tangent). If
-    the lowest bit of the move is set, the tangent does not fit: the move is that of a logit at the cell's mean, and the
-    other number is this mean. Logits elsewhere in the cell are retraced one by one.
-    """
-    threshold, steps = tl.load(p + THRESHOLD), tl.load(p + STEPS)
-    rate, kl, adam = tl.load(p + LEARNING_RATE), tl.load(p + KL_WEIGHT), tl.load(p + ADAM)
-    x0 = x
-    slope = tl.full([WIDTH], 1.0, tl.float32)
-    m, v = tl.zeros([WIDTH], tl.float32), tl.zeros([WIDTH], tl.float32)
-    dm, dv = tl.zeros([WIDTH], tl.float32), tl.zeros([WIDTH], tl.float32)
-    broken = tl.zeros([WIDTH], tl.int32)
-    top, share, mean = -centre, 1.0 / total, centre
-    e = tl.where(x - top > MAX_ABOVE_TOP, 0.0, tl.exp(tl.minimum(tl.maximum(x - top, MIN_EXP_ARGUMENT), 0.0)))
-    p0 = e * share
-    decay1, decay2 = 1.0, 1.0
-    taken = 0
-    while (taken < steps) & (h >= threshold):
-        tl.store(history_ptr + taken * STEP_SCALARS, top)
-        tl.store(history_ptr + taken * STEP_SCALARS + 1, share)
-        tl.store(history_ptr + taken * STEP_SCALARS + 2, mean)
-        q = e * share
-        c = (x - top) - mean
-        g = kl * (q - p0) - q * c
-        dg = kl * (q * slope - p0) - q * slope * (c + 1)
-        if adam != 0:
-            decay1 *= BETA1
-            decay2 *= BETA2
-            m = BETA1 * m + (1 - BETA1) * g
-            v = BETA2 * v + (1 - BETA2) * g * g
-            dm = BETA1 * dm + (1 - BETA1) * dg
-            dv = BETA2 * dv + 2 * (1 - BETA2) * g * dg
-            root = tl.sqrt(v / (1 - decay2))
-            below = 1 / (root + EPSILON)
-            droot = tl.where(root > 1e-18, dv / (1 - decay2) / (2 * tl.maximum(root, 1e-18)), 0.0)
-            broken = tl.where(tl.abs(c) <= 0.75 * width * tl.abs(slope), 1, broken)
-            x -= rate / (1 - decay1) * m * below
-            slope -= rate / (1 - decay1) * (dm - m * droot * below) * below
-        else:
-            x -= rate * g
-            slope -= rate * dg
-        slope = tl.minimum(tl.maximum(slope, -MAX_SLOPE), MAX_SLOPE)
-        taken += 1
-        top, total, mean, e = _sum_cells(x, slope, n, variance)
-        share = 1.0 / total
-        h = tl.maximum(tl.log(total) - mean, 0.0)
-    tangent = tl.where(n == 1, 0.0, slope - 1)  # the cell's logit is at x0 itself
-    broken = tl.where(n == 1, 0, tl.where(tl.abs(tangent) * width > MAX_TANGENT_MOVE, 1, broken))
-    move = tl.where(broken > 0, x - x0, x - x0 - tangent * x0)
-    flagged = (move.to(tl.int32, bitcast=True) & -2) | broken
-    return x - x0, _pack(tl.where(broken > 0, x0, tangent), flagged), h, taken
-
-
-@triton.jit
-def _temperature(p, n, x, variance, h):
-    """Return (the largest temperature whose entropy does not exceed the target, the entropy there).
-
-    Takes Newton's steps on log T, with dH / d log T = Var_p[x / T], and bisects if a step would leave the bracket.
-    """
-    target = tl.maximum(tl.load(p + RATIO) * h, tl.load(p + THRESHOLD))
-    low, high = tl.log(tl.load(p + MIN_TEMPERATURE)), tl.log(tl.load(p + MAX_TEMPERATURE))
-    hottest, _ = _entropy_at(high, n, x, variance)
-    coldest, _ = _entropy_at(low, n, x, variance)
-    log_t = tl.minimum(tl.maximum(low, 0.0), high)
-    log_t = tl.where(coldest > target, low, log_t)
-    log_t = tl.where(hottest <= target, high, log_t)
-    searching = (coldest <= target) & (hottest > target)
-    reached = tl.where(hottest <= target, hottest, coldest)
-    trial = 0
-    while searching & (trial < MAX_TRIALS):
-        trial += 1
-        reached, slope = _entropy_at(log_t, n, x, variance)
-        cold = reached <= target
-        low, high = tl.where(cold, log_t, low), tl.where(cold, high, log_t)
-        following = log_t + (target - reached) / tl.maximum(slope, 1e-30)
-        following = tl.where((following > low) & (following < high), following, (low + high) / 2)
-        searching = tl.abs(following - log_t) >= TEMPERATURE_TOLERANCE
-        log_t = tl.where(searching, following, log_t)
-    return tl.exp(log_t), reached
-
-
-@triton.jit
-def _entropy_at(log_t, n, x, variance):
-    """Return (entropy in nats at temperature exp(log_t), its derivative with respect to log_t)."""
-    cold = tl.exp(-log_t)
-    top, total, mean, e = _sum_cells(x * cold, cold, n, variance)
-    centred = tl.maximum(x * cold - top, MIN_EXP_ARGUMENT) - mean
-    return tl.maximum(tl.log(total) - mean, 0.0), tl.sum(tl.where(n > 0, n * e * centred * centred, 0.0)) / total
-
-
-@triton.jit
-def _apply_kernel(
-    logits_ptr, row_stride, params_ptr, scalars_ptr, heavy_ptr, heavy_counts_ptr, moves_ptr, history_ptr,
-    stats_ptr, stats_stride,
-    VOCAB: tl.constexpr, SPLITS: tl.constexpr, SLOTS: tl.constexpr,
-):  # fmt: skip
-    """Store the new logits of a part of a row that took steps."""
-    part, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    p, scalars = params_ptr + row * COLUMNS, scalars_ptr + row * SCALARS
-    if tl.load(scalars + ACTIVE) == 0:
-        return
-    at = part * APPLY_CHUNK + tl.arange(0, APPLY_CHUNK)
-    mask = at < VOCAB
-    z = tl.load(logits_ptr + row * row_stride + at, mask=mask, other=-float("inf"))
-    history_ptr += row * HISTORY * STEP_SCALARS
-    if tl.load(p + METHOD) == ADAPTIVE_TEMPERATURE:
-        tl.store(logits_ptr + row * row_stride + at, tl.div_rn(z, tl.load(history_ptr)), mask=mask)
-        return
-    centre, min_octave, cell_bits, _ = _lay_out_cells(p, scalars)
-    below = z - tl.load(scalars + PEAK)
-    x = below - centre
-    cell, _ = _find_cell(x, min_octave, cell_bits)
-    split = part * APPLY_CHUNK // CHUNK
-    heavies = tl.load(heavy_counts_ptr + row * SPLITS + split)
-    mask = mask & (below < tl.where(heavies > 0, tl.load(scalars + HEAVY_FROM), float("inf")))
-    near = mask & (x > -_power_of_2(min_octave + OCTAVES_EM_INF))  # further down nothing moves
-    other, flagged = _unpack(tl.load(moves_ptr + row * CELLS + cell, mask=near, other=0))
-    move, broken = (flagged & -2).to(tl.float32, bitcast=True), (flagged & 1) != 0
-    off_mean = tl.abs(x - other) > SAME_X * tl.abs(x)
-    moved = tl.where(near, tl.where(broken, move, move + other * x), 0.0)
-    retraced = near & broken & off_mean
-    if tl.max(retraced.to(tl.int32)) > 0:
-        taken = tl.load(stats_ptr + 2 * stats_stride + row)
-        moved = tl.where(retraced, _retrace(x, p, history_ptr, taken), moved)
-    tl.store(logits_ptr + row * row_stride + at, z + moved, mask=mask)
-    if heavies > 0:
-        slot = tl.arange(0, SLOTS)
-        heavy_move, token = _unpack(
-            tl.load(heavy_ptr + row * HEAVY + split * SLOTS + slot, mask=slot < heavies, other=0)
-        )
-        mine = (slot < heavies) & (token // APPLY_CHUNK == part)
-        tl.debug_barrier()  # other threads of this program have read these logits
-        logit = logits_ptr + row * row_stride + token
-        tl.store(logit, tl.load(logit, mask=mine, other=0.0) + heavy_move, mask=mine)
-
-
-@triton.jit
-def _retrace(x0, p, history_ptr, taken):
-    """Return how far logits at x0 move, exactly, from the row's scalars of every step. Few logits need it."""
-    rate, kl, adam = tl.load(p + LEARNING_RATE), tl.load(p + KL_WEIGHT), tl.load(p + ADAM)
-    x = tl.maximum(x0, MIN_EXP_ARGUMENT)
-    start = x
-    m, v, p0 = tl.zeros_like(x), tl.zeros_like(x), tl.zeros_like(x)
-    decay1, decay2 = 1.0, 1.0
-    for step in range(taken):
-        top, share, mean = (
-            tl.load(history_ptr + step * STEP_SCALARS),
-            tl.load(history_ptr + step * STEP_SCALARS + 1),
-            tl.load(history_ptr + step * STEP_SCALARS + 2),
-        )
-        q = tl.exp(tl.minimum(tl.maximum(x - top, MIN_EXP_ARGUMENT), 0.0)) * share
-        p0 = tl.where(step == 0, q, p0)
-        g = kl * (q - p0) - q * ((x - top) - mean)
-        if adam != 0:
-            decay1 *= BETA1
-            decay2 *= BETA2
-            m = BETA1 * m + (1 - BETA1) * g
-            v = BETA2 * v + (1 - BETA2) * g * g
-            x -= rate / (1 - decay1) * m / (tl.sqrt(v / (1 - decay2)) + EPSILON)
-        else:
-            x -= rate * g
-    return x - start
+    return lambda grid, *arguments: compiled[grid](*arguments, *values)

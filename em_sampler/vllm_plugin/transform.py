@@ -17,5 +17,5 @@ def build_transform(vocab_size: int, device: torch.device, max_rows: int) -> Tra
     """Build the transform; arguments and errors are those of `dispatch.build_transform`."""
     require_fused = os.environ.get(REQUIRE_FUSED_ENV) == "1"
     transform = dispatch.build_transform(vocab_size, device, max_rows, require_fused=require_fused)
-    logger.info("em_inf: transform %s on %s", dispatch.name_of(transform), device)
+    logger.info("em_inf: transform %s on %s", transform.name, device)
     return transform

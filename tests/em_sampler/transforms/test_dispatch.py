@@ -78,13 +78,13 @@ def break_builder(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_fused_form_that_is_required_but_missing_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert dispatch.name_of(build_transform(50, CPU, 4, require_fused=True)) == "numba_cpu"
+    assert build_transform(50, CPU, 4, require_fused=True).name == "numba_cpu"
     with pytest.raises(RuntimeError, match="meta has the eager one alone"):
         build_transform(50, torch.device("meta"), 4, require_fused=True)
     break_builder(monkeypatch)
     with pytest.raises(RuntimeError, match="OSError: no compiler"):
         build_transform(50, CPU, 4, require_fused=True)
-    assert dispatch.name_of(build_transform(50, CPU, 4)) == "eager"
+    assert build_transform(50, CPU, 4).name == "eager"
 
 
 def test_an_implementation_that_does_not_work_is_replaced_with_a_warning(

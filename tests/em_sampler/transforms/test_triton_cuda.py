@@ -1,5 +1,6 @@
 """What only the Triton kernels can get wrong: repeats, what memory holds, ties, launches through Triton itself."""
 
+import math
 import os
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import torch
 
 from em_sampler import AdaptiveTemperatureParams, EMInfParams
 from em_sampler.params import MeasureParams, Params
+from em_sampler.transforms import triton_cuda
 from em_sampler.transforms.batch import BatchParams
 from em_sampler.transforms.triton_cuda import TritonTransform
 from tests.em_sampler.transforms.support import DEVICE, expected, total_variation
@@ -77,17 +79,17 @@ class Stub:
 
 launched = []
 driver.set_active(Stub())
-from em_sampler.transforms import triton_cuda
+from em_sampler.transforms import triton_cuda, triton_kernels
 from em_sampler.transforms.batch import BatchParams
 transform = triton_cuda.TritonTransform(32_003, torch.device("cpu"), 3)
-kernels = [kernel for name, kernel in vars(triton_cuda).items() if name.endswith("_kernel")]
+kernels = [kernel for name, kernel in vars(triton_kernels).items() if name.endswith("_kernel")]
 compiled = [len(kernel.device_caches[0][0]) for kernel in kernels]
 launched.clear()
 wide = torch.zeros(3, 32_064)
 for logits in (wide, torch.zeros(3, 32_003), wide[:1], torch.zeros(3, 32_003)[1:]):
     transform(logits[:, :32_003], BatchParams.of([None] * len(logits)))
-assert launched[:6] == ["_row_stats_kernel", "_row_scalars_kernel", "_histogram_kernel", "_solve_kernel",
-                        "_solve_kernel", "_apply_kernel"], launched
+assert launched[:6] == ["row_stats_kernel", "row_scalars_kernel", "histogram_kernel", "solve_kernel", "solve_kernel",
+                        "apply_kernel"], launched
 assert len(launched) == 24
 assert [len(kernel.device_caches[0][0]) for kernel in kernels] == compiled
 """
@@ -121,6 +123,40 @@ def test_tied_tops_match_the_reference_over_64_steps(ties: int, gap: float) -> N
     for row in range(4):
         z, _ = expected(before[row], params)
         assert total_variation(after[row].double().numpy(), z) < 1e-3
+
+
+def test_near_ties_among_many_heavy_logits_match_the_reference() -> None:
+    """Their chunk has more logits of at least 1/4096 than slots: frequent tokens stand side by side in vocabularies."""
+    generator = torch.Generator().manual_seed(4)
+    before = torch.randn(2, 3 * 4096, generator=generator) - 25
+    before[:, :1100] = math.log(2.7e-4) - 0.001 * torch.rand(2, 1100, generator=generator)
+    before[:, 700:703] = math.log(0.7 / 3) - 0.001 * torch.rand(2, 3, generator=generator)
+    assert (before.softmax(-1)[:, :1100] >= 1 / 4096).sum(-1).min() > 1024  # the slots of a chunk
+    params = EMInfParams(threshold=0.0, steps=64)
+    transform = TritonTransform(before.shape[1], torch.device(DEVICE), 2)
+    after = transform(before.to(DEVICE, copy=True), BatchParams.of([params] * 2, DEVICE)).logits.cpu()
+    for row in range(2):
+        z, _ = expected(before[row], params)
+        assert total_variation(after[row].double().numpy(), z) < 1e-3
+
+
+def test_a_row_of_adaptive_temperature_works_on_the_cells_that_hold_logits() -> None:
+    """Its layout reaches far down: with empty cells among its particles, it would go to the wide, slow program."""
+    transform = TritonTransform(VOCAB, torch.device(DEVICE), 1)
+    transform(normal_rows(1)[:1], BatchParams.of([AdaptiveTemperatureParams(threshold=0.0)], DEVICE))
+    held = int((transform.counts != 0).sum() + transform.heavy_counts.sum())
+    assert transform.particle_counts.tolist() == [held]
+
+
+def test_a_large_batch_is_transformed_in_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    params = BatchParams.of(MIXED, DEVICE)
+    whole = TritonTransform(VOCAB, torch.device(DEVICE), len(MIXED))(normal_rows(5), params)
+    monkeypatch.setattr(triton_cuda, "MAX_GROUP_ROWS", 4)
+    transform = TritonTransform(VOCAB, torch.device(DEVICE), len(MIXED))
+    assert len(transform.counts) == 4
+    grouped = transform(normal_rows(5), params)
+    assert torch.equal(grouped.logits.view(torch.int32), whole.logits.view(torch.int32))
+    assert torch.equal(grouped.stats, whole.stats)
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU (benchmarks/gpu.sh)")
