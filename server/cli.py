@@ -104,8 +104,8 @@ def _add_em_inf_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--em-inf-require-fused",
         action="store_true",
-        help="End the start with an error if the fused transform does not work in a worker, instead of using the "
-        "eager one, which is many times slower.",
+        help="End the start with an error if the fast transform (Numba on the CPU, Triton on CUDA) does not work in a "
+        "worker, instead of using the eager one, which is many times slower.",
     )
 
 
