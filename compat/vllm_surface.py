@@ -6,6 +6,7 @@ from compat.expectations import Expectation, abstract_members, contains, has, ma
 from compat.sources import METADATA, MissingError, Sources
 
 PROCESSOR, REQUEST, V1, V2 = (f"em_sampler/vllm_plugin/{name}.py" for name in ("processor", "request", "v1", "v2"))
+TRANSFORM = "em_sampler/vllm_plugin/transform.py"
 CLI, ENDPOINTS, HANDLER, PROTOCOL = (f"server/{name}.py" for name in ("cli", "endpoints", "handler", "protocol"))
 ENGINE, TRACING, RESPONSE, ERRORS = (f"server/{name}.py" for name in ("engine", "tracing", "response", "errors"))
 DRAIN, HEALTH = "server/drain.py", "server/health.py"
@@ -48,6 +49,22 @@ SURFACE: dict[tuple[str, str], dict[Expectation, str]] = {
     },
     (PROCESSOR, V1_INTERFACE): {signature("LogitsProcessor.validate_params(cls, sampling_params)"): "our validation"},
     (PROCESSOR, V2_INTERFACE): {signature("LogitsProcessor.validate_params(cls, sampling_params)"): "our validation"},
+    # The transform of a worker.
+    (TRANSFORM, CONFIG): {
+        has("ParallelConfig", "rank", "world_size", "pipeline_parallel_size"): "which workers sample",
+    },
+    (TRANSFORM, "vllm/distributed/parallel_state.py"): {
+        contains(
+            "initialize_model_parallel", "data_parallel_size", "pipeline_model_parallel_size"
+        ): "the last ranks of an engine are its last pipeline stage",
+    },
+    (TRANSFORM, "vllm/v1/worker/worker_base.py"): {
+        contains("WorkerWrapperBase.__getattr__", "getattr(self.worker, attr)"): "our method is one of the worker's",
+        has("WorkerBase", "execute_model"): "the base class of all workers, which gets our method",
+    },
+    (TRANSFORM, "vllm/v1/serial_utils.py"): {
+        contains("run_method", "func = getattr(obj, method)"): "our method is found by its name",
+    },
     # The V1 runner.
     (V1, CONFIG): {
         signature("VllmConfig.model_config.get_vocab_size(self)"): "columns of the logits",
@@ -94,6 +111,7 @@ SURFACE: dict[tuple[str, str], dict[Expectation, str]] = {
     (V2, CONFIG): {
         has("VllmConfig", "num_speculative_tokens"): "one more row for each draft token",
         has("VllmConfig.parallel_config", "tensor_parallel_size"): "only the first rank of each group sends stats",
+        has("VllmConfig.parallel_config", "enable_batch_sharded_sampling"): "with it, all ranks send stats",
     },
     (V2, "vllm/v1/worker/gpu/buffer_utils.py"): {
         contains(
@@ -227,6 +245,9 @@ SURFACE: dict[tuple[str, str], dict[Expectation, str]] = {
         ): "wrapped: every route calls the engine by it",
         signature("EngineClient.is_tracing_enabled(self)"): "whether requests have spans",
         signature("EngineClient.abort(self, request_id)"): "ends a branch",
+        signature(
+            "EngineClient.collective_rpc(self, method, timeout=None, args=(), kwargs=None)"
+        ): "asks the workers which transforms they use",
     },
     (ENGINE, "vllm/config/model.py"): {has("ModelConfig", "max_logprobs"): "a server's limit"},
     (ENGINE, CONFIG): {has("VllmConfig.parallel_config", "_api_process_rank"): "the index of this API server"},

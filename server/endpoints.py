@@ -21,7 +21,7 @@ from em_sampler.vllm_plugin.processor import EMInfLogitsProcessor
 from em_sampler.vllm_plugin.version import installed_vllm
 from server.admission import BranchLimit
 from server.drain import Drain, drain_before_shutdown
-from server.engine import install_stats, install_strategies
+from server.engine import ask_for_transforms, install_stats, install_strategies
 from server.errors import shutting_down, unreadable_body, unsupported_field
 from server.handler import with_em_inf
 from server.health import live, ready
@@ -91,10 +91,10 @@ class EMInfEndpoints:
         Raises:
             RuntimeError: if em_inf, or the operator's default for it, cannot work on this engine.
         """
-        state.em_inf = settings = self._settings(engine_client, args)
+        state.em_inf = settings = await self._settings(engine_client, args)
         EMInfLogitsProcessor.max_steps = settings.em_inf_max_steps
         model = (args.served_model_name or [args.model])[0]
-        state.em_inf_metrics = metrics = Metrics(model)
+        state.em_inf_metrics = metrics = Metrics(model, transforms=settings.transforms)
         state.strategy_metrics = StrategyMetrics(model, list(STRATEGIES))
         state.branch_limit = BranchLimit(settings.strategy_max_in_flight)
         state.drain = Drain()
@@ -104,10 +104,11 @@ class EMInfEndpoints:
                 await install_stats(engine_client, metrics)
             install_strategies(engine_client)
 
-    def _settings(self, engine_client: EngineClient | None, args: Namespace) -> Settings:
+    async def _settings(self, engine_client: EngineClient | None, args: Namespace) -> Settings:
         unavailable = _unavailable(engine_client)
+        transforms = await ask_for_transforms(engine_client) if engine_client and not unavailable else []
         versions = {"em-inf-server": em_sampler.__version__, "vllm": installed_vllm() or ""}
-        settings = Settings.from_args(args, unavailable, versions)
+        settings = Settings.from_args(args, unavailable=unavailable, transforms=transforms, versions=versions)
         if not unavailable and not self.rebuilt:
             raise RuntimeError(f"none of {', '.join(SAMPLING_ROUTES)} was found in vLLM's app: em_inf would be ignored")
         if unavailable and settings.em_inf_default:
@@ -116,7 +117,7 @@ class EMInfEndpoints:
 
 
 async def describe(raw_request: Request) -> dict[str, Any]:
-    """Describe what this server supports: methods with their fields, defaults and limits, and versions."""
+    """Describe what this server supports: methods with their fields, defaults and limits, transforms, and versions."""
     settings: Settings = raw_request.app.state.em_inf
     return settings.describe()
 

@@ -19,6 +19,7 @@ from em_sampler.stats import transport
 from em_sampler.stats.aggregator import ReturnAddress
 from em_sampler.validation import ParamsError
 from em_sampler.vllm_plugin.request import params_of
+from em_sampler.vllm_plugin.transform import TRANSFORM_RPC
 from server.stats.collector import METRICS_TIMEOUT_S, RESPONSE_TIMEOUT_S, RequestStats, StatsCollector
 from server.stats.metrics import Metrics
 from server.strategies.branches import EngineRequest
@@ -31,6 +32,15 @@ if TYPE_CHECKING:
 request_stats_var: ContextVar[list[RequestStats] | None] = ContextVar("em_inf_request_stats", default=None)
 # The strategy of the current HTTP request.
 strategy_run_var: ContextVar[StrategyRun | None] = ContextVar("em_inf_strategy_run", default=None)
+
+
+async def ask_for_transforms(engine_client: EngineClient) -> list[dict[str, str]]:
+    """Return the transforms of the workers that sample, each once: {"transform": its name, "device": its type}.
+
+    Of several data-parallel engines, vLLM asks the first.
+    """
+    answers: list[dict[str, str] | None] = await engine_client.collective_rpc(TRANSFORM_RPC)
+    return [dict(each) for each in sorted({tuple(answer.items()) for answer in answers if answer})]
 
 
 async def install_stats(engine_client: EngineClient, metrics: Metrics) -> None:

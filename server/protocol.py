@@ -4,7 +4,7 @@ Knows request fields and settings; the request itself is handled in handler.py. 
 """
 
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Self
 
@@ -57,13 +57,14 @@ class Settings:
     strategy_max_in_flight: int = 512  # branches of all requests together, in one API server
     strategy_refinement_prompt: str = REFINEMENT_PROMPT
     unavailable: str | None = None  # why no request can use em_inf here
+    transforms: Sequence[Mapping[str, str]] = ()  # those of the workers: {"transform": name, "device": type}
     versions: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
-    def from_args(cls, args: Namespace, unavailable: str | None, versions: Mapping[str, str]) -> Self:
+    def from_args(cls, args: Namespace, **others: Any) -> Self:
         """Take the flags from `args`; those that it lacks, since `vllm serve` parsed it, keep their defaults."""
         flags = {f.name: getattr(args, f.name) for f in fields(cls) if hasattr(args, f.name)}
-        return cls(**flags | {"unavailable": unavailable, "versions": versions})
+        return cls(**flags | others)
 
     def describe(self) -> dict[str, Any]:
         """Return the body of `GET /v1/em_inf`."""
@@ -78,6 +79,7 @@ class Settings:
             "methods": methods,
             "default": self.em_inf_default and self.em_inf_default.model_dump(),
             "strategies": describe_strategies(self.strategy_max_branches),
+            "transforms": list(self.transforms),
             "versions": dict(self.versions),
         }
 

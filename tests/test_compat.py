@@ -20,7 +20,7 @@ from server.cli import FILTERED_GROUPS
 from server.protocol import SAMPLING_ROUTES
 
 ROOT = Path(surface.__file__).parent.parent
-PLUGIN = {surface.PROCESSOR, surface.REQUEST, surface.V1, surface.V2}
+PLUGIN = {surface.PROCESSOR, surface.REQUEST, surface.V1, surface.V2, surface.TRANSFORM}
 IMPORTING = PLUGIN | {
     surface.CLI,
     surface.ENDPOINTS,

@@ -41,7 +41,7 @@ class V1Processor(LogitsProcessor):
         self.batch_params: BatchParams | None = None
         self.slots: Tensor  # int32 [rows], -1 for a row without a method
         self.output_token_ids: list[list[int]]  # [rows]
-        self.transform = build_transform(vllm_config.model_config.get_vocab_size(), device, rows)
+        self.transform = build_transform(parallel, vllm_config.model_config.get_vocab_size(), device, rows)
         self.recorder = StatsRecorder(rows, rows, device, enabled=is_first_rank)
 
     def is_argmax_invariant(self) -> bool:

@@ -33,8 +33,7 @@ class V2Processor(LogitsProcessor):
         slots, device = req_states.max_num_reqs, req_states.device
         rows, parallel = slots * (1 + vllm_config.num_speculative_tokens), vllm_config.parallel_config
         is_first_rank = parallel.rank % parallel.tensor_parallel_size == 0
-        # With it, each rank samples requests of its own. None is off; a release may not have it.
-        is_sharded = bool(getattr(parallel, "enable_batch_sharded_sampling", False))
+        is_sharded = bool(parallel.enable_batch_sharded_sampling)  # each rank samples requests of its own
         self.req_states = req_states
         self.params: list[Params | None] = [None] * slots
         self.has_method = np.zeros(slots, dtype=bool)
@@ -42,7 +41,7 @@ class V2Processor(LogitsProcessor):
         self.table = np.zeros((slots, len(Column)), dtype=np.float32)  # `pack_row` of each slot's params
         self.device_table = to_device(self.table, device)
         self.is_stale = False  # `device_table` is behind `table`
-        self.transform = build_transform(req_states.vocab_size, device, rows)
+        self.transform = build_transform(parallel, req_states.vocab_size, device, rows)
         self.needs_limits = isinstance(self.transform, EagerTransform)
         self.recorder = StatsRecorder(slots, rows, device, enabled=is_first_rank or is_sharded)
 

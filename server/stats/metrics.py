@@ -3,8 +3,8 @@
 They work with one process and with several (prometheus_client's multi-process mode, which vLLM sets up).
 """
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
 
@@ -25,6 +25,8 @@ HELP = {
     "entropy_reduction_nats": "By how much the method lowered a token's entropy; 0 if it did not.",
     "tracked_requests": "Requests whose statistics are being collected now: those in the engine, and a few just ended.",
     "records_dropped": "Statistics lost on the way from a worker to this server, so that sampling need not wait.",
+    "transform_info": "1 for each transform that a worker uses: triton_cuda, numba_cpu, or eager, which is many "
+    "times slower.",
     "transform_seconds": "Seconds that the workers spent in the transform, measuring included; on a GPU by its clock.",
 }
 UNKNOWN_METHOD = "unknown"  # the method of a request that is rejected for its settings
@@ -45,7 +47,10 @@ class BulkHistogram(Histogram):
 class Metrics:
     """The metrics for one model; those of strategies are in server/strategies/metrics.py."""
 
-    def __init__(self, model: str, registry: CollectorRegistry = REGISTRY) -> None:
+    def __init__(
+        self, model: str, registry: CollectorRegistry = REGISTRY, transforms: Sequence[Mapping[str, str]] = ()
+    ) -> None:
+        """Make all series. `transforms`: the workers', as {"transform": name, "device": type}."""
         self.model = model
 
         def counter(name: str, labels: Sequence[str] = ("model", "method")) -> Counter:
@@ -55,6 +60,9 @@ class Metrics:
             labels = ("model", "method")
             return BulkHistogram(f"em_inf_{name}", HELP[name], labels, registry=registry, buckets=ENTROPY_BUCKETS)
 
+        def gauge(name: str, labels: Sequence[str], several_servers: Literal["livesum", "livemax"]) -> Gauge:
+            return Gauge(f"em_inf_{name}", HELP[name], labels, registry=registry, multiprocess_mode=several_servers)
+
         self.requests = counter("requests", ("model", "method", "outcome"))
         self.tokens = counter("tokens")
         self.optimized = counter("optimized_tokens")
@@ -62,13 +70,10 @@ class Metrics:
         self.passed_through = counter("passed_through_tokens")
         self.missing = counter("missing_tokens")
         self.histograms = {name: histogram(f"entropy_{name}_nats") for name in HISTOGRAMS}
-        self.tracked = Gauge(
-            "em_inf_tracked_requests",
-            HELP["tracked_requests"],
-            ("model",),
-            registry=registry,
-            multiprocess_mode="livesum",
-        )
+        self.tracked = gauge("tracked_requests", ("model",), "livesum")
+        info = gauge("transform_info", ("model", "transform", "device"), "livemax")
+        for transform in transforms:
+            info.labels(model=model, **transform).set(1)
         self.dropped = counter("records_dropped", ("model",))
         self.seconds = counter("transform_seconds", ("model",))
         self._start_at_zero()

@@ -231,6 +231,11 @@ def test_clients_can_ask_what_the_server_supports(v1: Server) -> None:
     assert v1.http.get("/v1/em_inf", headers={"Authorization": "Bearer wrong"}).status_code == 401
 
 
+def test_clients_can_ask_which_transform_the_workers_use(engine: Server) -> None:
+    transforms = engine.http.get("/v1/em_inf").json()["transforms"]
+    assert transforms == [{"transform": "numba_cpu", "device": "cpu"}]
+
+
 def test_openapi_shows_the_fields(v1: Server) -> None:
     schema = v1.http.get("/openapi.json").json()
     for route in ("/v1/chat/completions", "/v1/completions", "/v1/responses"):

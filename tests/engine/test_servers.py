@@ -65,6 +65,9 @@ class TestTwoMachines:
         supported = two_machines.http.get("/v1/em_inf").json()
         assert supported["default"] == CAPPED | {"method": "em_inf", "optimizer": "adam", "stats": "none"}
         assert supported["methods"]["em_inf"]["steps"]["maximum"] == 7
+        assert supported["transforms"] == [{"transform": "numba_cpu", "device": "cpu"}]
+        info = 'em_inf_transform_info{device="cpu",model="demo",transform="numba_cpu"} 1.0'
+        assert info in two_machines.http.get("/metrics").text
         # The cap also holds on routes that we did not rebuild.
         xargs = {"vllm_xargs": {"em_inf_steps": 8}, "max_tokens": 4, "model": "demo"}
         messages = [{"role": "user", "content": "1"}]

@@ -25,11 +25,17 @@ VOCAB, ROWS, CPU = 50, 8, torch.device("cpu")
 SOCKET_NAME = "0" * 32 + ".0"
 
 
+def parallel_config(rank: int = 0, tensor_parallel_size: int = 1, pipeline_parallel_size: int = 1) -> Any:
+    sizes = {"tensor_parallel_size": tensor_parallel_size, "pipeline_parallel_size": pipeline_parallel_size}
+    world_size = tensor_parallel_size * pipeline_parallel_size
+    return SimpleNamespace(rank=rank, world_size=world_size, enable_batch_sharded_sampling=None, **sizes)
+
+
 def config(rank: int = 0, tensor_parallel_size: int = 1) -> Any:
     return SimpleNamespace(
         model_config=SimpleNamespace(get_vocab_size=lambda: VOCAB),
         scheduler_config=SimpleNamespace(max_num_seqs=ROWS),
-        parallel_config=SimpleNamespace(rank=rank, tensor_parallel_size=tensor_parallel_size),
+        parallel_config=parallel_config(rank, tensor_parallel_size),
         num_speculative_tokens=3,
     )
 

@@ -18,6 +18,7 @@ from em_sampler.stats.wire import ENTROPY_BUCKETS, HISTOGRAMS, TOTALS_DTYPE, VAL
 from server.stats.metrics import OUTCOMES, BulkHistogram, Metrics
 from tests.server.metrics_page import PAGE, STRATEGY_PREFIX, documented, exposed, series
 
+TRANSFORMS = [{"transform": "triton_cuda", "device": "cuda"}, {"transform": "eager", "device": "cuda"}]
 METHODS = ("em_inf", "adaptive_temperature", "none")
 
 
@@ -64,6 +65,13 @@ def test_every_series_is_there_from_the_start_at_zero() -> None:
     assert ("em_inf_tracked_requests", "m") in shown
     assert ("em_inf_records_dropped_total", "m") in shown
     assert ("em_inf_transform_seconds_total", "m") in shown
+
+
+def test_every_transform_of_the_workers_is_shown() -> None:
+    registry = CollectorRegistry()
+    Metrics("m", registry, TRANSFORMS)
+    shown = series(registry)
+    assert [shown["em_inf_transform_info", "cuda", "m", name] for name in ("triton_cuda", "eager")] == [1, 1]
 
 
 def test_a_choice_is_counted_under_its_method() -> None:
@@ -149,7 +157,7 @@ def test_several_processes_are_summed(tmp_path: Path) -> None:
 
 def test_the_page_has_every_metric_and_no_other() -> None:
     registry = CollectorRegistry()
-    Metrics("m", registry)
+    Metrics("m", registry, TRANSFORMS)
     assert sorted(row for row in documented() if not row[0].startswith(STRATEGY_PREFIX)) == sorted(exposed(registry))
 
 
