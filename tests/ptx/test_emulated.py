@@ -1,0 +1,31 @@
+"""Tests of the transform with its kernels on the emulator, as the Triton of the machine with a GPU compiles them."""
+
+import subprocess
+import sys
+
+import pytest
+
+from harness import stub_driver
+from tests.ptx.__main__ import EMULATED
+
+FOLDER = "tests/em_sampler/transforms"
+GOLDEN = 5, 6, 23, 30  # 6 is SGD, 23 one-hot, 30 has tied tops; each has a row of adaptive temperature too
+CASES = [
+    *(f"test_golden.py::test_every_implementation_matches_the_golden_cases[{case}-triton_cuda]" for case in GOLDEN),
+    "test_triton_cuda.py::test_repeats_are_equal_to_the_bit",
+    "test_triton_cuda.py::test_tied_tops_match_the_reference_over_64_steps",
+    "test_triton_cuda.py::test_near_ties_among_many_heavy_logits_match_the_reference",
+    "test_triton_cuda.py::test_a_large_batch_is_transformed_in_groups",
+    "test_implementations.py::test_rows_may_lie_apart_in_memory[triton_cuda]",
+    "test_implementations.py::test_all_sizes_match_the_reference[151936-1-triton_cuda]",
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", ["0"])
+def test_on_the_emulator(seed: str) -> None:
+    if not stub_driver.is_here(EMULATED):
+        pytest.skip(f"Triton {EMULATED} is not here: scripts/test-triton.sh fetches it")
+    command = [sys.executable, "-m", "tests.ptx", "--seed", seed, "--", *(f"{FOLDER}/{case}" for case in CASES)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1800, check=False)
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr
