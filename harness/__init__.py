@@ -1,1 +1,1 @@
-"""What tests, benchmarks and examples share: servers as child processes, and a stub of a GPU's driver. It is not shipped."""
+"""What tests, benchmarks and examples share: servers as child processes, a stub of Triton's driver. Not shipped."""

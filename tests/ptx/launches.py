@@ -1,4 +1,4 @@
-"""Build transforms with the stub driver, give them batches, and print as JSON what Triton launches and compiles for them.
+"""Give batches to transforms with the stub driver, and print as JSON what Triton launches and compiles for them.
 
 A program of its own, since it needs a release of Triton that compiles: tests/ptx/test_launch.py starts it.
 """
