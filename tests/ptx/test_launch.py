@@ -23,7 +23,8 @@ def test_every_batch_is_launched_and_none_compiles(release: str) -> None:
         pytest.skip(f"Triton {release} is not here: scripts/test-triton.sh fetches it")
     done = subprocess.run(
         [sys.executable, "-m", "tests.ptx.launches"],
-        env=stub_driver.environment(release), cwd=stub_driver.ROOT, capture_output=True, text=True, timeout=600, check=False,
+        env=stub_driver.environment(release), cwd=stub_driver.ROOT,
+        capture_output=True, text=True, timeout=600, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout)
