@@ -92,9 +92,11 @@ COMPARISONS: dict[str, Function] = {
     "geu": lambda a, b: ~(a < b),
 }  # fmt: skip
 
-# By pattern: the types of the result and the operands, and the function. t is the instruction's last type, d the one
-# before it, w one twice as wide as the last, n the last made so wide, u a 32-bit number, p a predicate.
-FUNCTIONS: dict[str, tuple[str, Function]] = {
+SETS = {"T": r"([bsu](16|32|64)|f32|pred)", "I": r"[us](8|16|32|64)", "B": r"(b(16|32|64)|pred)"}
+# By pattern, with these sets of types: the types of the result and the operands, and the function, or the name of an
+# approximation. t is the instruction's last type, d the one before it, w one twice as wide as the last, n the last made
+# so wide, u a 32-bit number, p a predicate.
+FUNCTIONS: dict[str, tuple[str, Function | str]] = {
     r"(add|add\.rn)\.T": ("t=tt", np.add),
     r"(sub|sub\.rn)\.T": ("t=tt", np.subtract),
     r"(mul\.lo|mul\.rn|mul)\.T": ("t=tt", np.multiply),
@@ -124,13 +126,14 @@ FUNCTIONS: dict[str, tuple[str, Function]] = {
     r"cvt\.rzi\.s32\.f32": ("d=t", truncate),
     r"mov\.T": ("t=t", lambda a: a),
     **{rf"setp\.{name}\.T": ("p=tt", function) for name, function in COMPARISONS.items()},
-}
-APPROXIMATED = {
     r"ex2\.approx(\.ftz)?\.f32": ("t=t", "ex2"),
     r"sqrt\.approx(\.ftz)?\.f32": ("t=t", "sqrt"),
     r"div\.(full|approx)\.f32": ("t=tt", "div"),
 }
-SETS = {"T": r"([bsu](16|32|64)|f32|pred)", "I": r"[us](8|16|32|64)", "B": r"(b(16|32|64)|pred)"}
+RULES = [
+    (re.compile(re.sub("[TIB]", lambda letter: SETS[letter[0]], pattern)), types, function)
+    for pattern, (types, function) in FUNCTIONS.items()
+]
 WIDER = {np.int16: np.int32, np.uint16: np.uint32, np.int32: np.int64, np.uint32: np.uint64}
 
 
@@ -168,7 +171,7 @@ class Instruction:
             constant = np.array([int(operand[2:], 16)], np.uint32).view(kind)
         elif re.fullmatch(r"-?(\d+|0x[0-9a-fA-F]+)U?", operand):
             number = int(operand.rstrip("U"), 0) & ((1 << 8 * width) - 1)
-            constant = np.array([number], UNSIGNED[width]).view(kind)
+            constant = np.array([number != 0 if kind is np.bool_ else number], UNSIGNED[width]).view(kind)
         else:
             raise self.unknown()
         return lambda cta: constant
@@ -205,19 +208,17 @@ def decode(text: str, program: "Program") -> Step:
             return OPCODES[it.parts[0]](it)
         if it.parts[0] == "mov" and "{" in text:
             return move_parts(it)
-        approximated = {
-            name: (types, getattr(program.approximations, of)) for name, (types, of) in APPROXIMATED.items()
-        }
-        for pattern, (types, function) in (FUNCTIONS | approximated).items():
-            if re.fullmatch(re.sub("[TIB]", lambda letter: SETS[letter[0]], pattern), it.name):
-                return computed(it, types, function)
+        for names, types, function in RULES:
+            if names.fullmatch(it.name):
+                named = isinstance(function, str)
+                return computed(it, types, getattr(program.approximations, function) if named else function)
     except (IndexError, KeyError, TypeError, ValueError) as error:  # a part that is missing, or unheard of
         raise it.unknown() from error
     raise it.unknown()
 
 
 def computed(it: Instruction, types: str, function: Function) -> Step:
-    """Return the step that writes a function of the operands."""
+    """Return the step that writes a function of the operands; `types` as in `FUNCTIONS`."""
     last, before = TYPES[it.parts[-1]], TYPES.get(it.parts[-2])
     wide = WIDER.get(last)
     kinds = {"t": last, "d": before, "w": wide, "n": wide, "u": np.uint32, "p": np.bool_}

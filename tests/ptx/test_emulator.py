@@ -1,5 +1,6 @@
 """The emulator must refuse what is wrong, accept what is right, and compute as the PTX manual says."""
 
+import re
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 from harness.stub_driver import Launch
 from tests.ptx.approximations import Approximations
 from tests.ptx.emulator import Emulator
+from tests.ptx.instructions import RULES
 from tests.ptx.memory import KernelError
 
 # Before each body: %r0 the thread, %r1 the CTA, %rd0 and %rd1 two tensors, %rd2 and %rd3 the thread's and the CTA's
@@ -157,6 +159,11 @@ LANE = np.arange(64)
 REAL = LANE.astype(np.float32)
 QUARTERS = "cvt.rn.f32.u32 %r6, %r0; mul.rn.f32 %r6, %r6, 0f3E800000;"  # %r6: a quarter of the thread's number
 NAN = "mov.b32 %r6, 0f7FC00000;"
+# Whether it holds between 0 and 1, 1 and 1, 2 and 1, NaN and 1.
+COMPARISONS = {
+    "eq": "0100", "ne": "1010", "lt": "1000", "le": "1100", "gt": "0010", "ge": "0110",
+    "equ": "0101", "neu": "1011", "ltu": "1001", "leu": "1101", "gtu": "0011", "geu": "0111",
+}  # fmt: skip
 # %r5 in the end, as int32 or float32.
 RESULTS: dict[str, Any] = {
     "add.s32 %r5, %r0, -70;": LANE - 70,
@@ -197,10 +204,15 @@ RESULTS: dict[str, Any] = {
     f"{NAN} cvt.rzi.s32.f32 %r5, %r6;": 0,
     "cvt.rzi.s32.f32 %r5, 0fCF800000;": -(2**31),
     "cvt.rzi.s32.f32 %r5, 0f4F800000;": 2**31 - 1,
-    f"{NAN} setp.eq.f32 %p1, %r6, %r6; selp.b32 %r5, 1, 0, %p1;": 0,
-    f"{NAN} setp.neu.f32 %p1, %r6, %r6; selp.b32 %r5, 1, 0, %p1;": 1,
-    f"{NAN} setp.ne.f32 %p1, %r6, %r6; selp.b32 %r5, 1, 0, %p1;": 0,
-    f"{NAN} setp.gtu.f32 %p1, %r6, 0f00000000; selp.b32 %r5, 1, 0, %p1;": 1,
+    **{
+        f"cvt.rn.f32.u32 %r6, %r0; setp.gt.u32 %p1, %r0, 2; @%p1 mov.b32 %r6, 0f7FC00000;"
+        f"setp.{comparison}.f32 %p2, %r6, 0f3F800000; selp.b32 %r5, 1, 0, %p2;": [int(holds[min(i, 3)]) for i in LANE]
+        for comparison, holds in COMPARISONS.items()
+    },
+    "mov.pred %p1, -1; not.pred %p2, %p1; or.pred %p1, %p1, %p2; selp.b32 %r5, 3, 4, %p1;": 3,
+    "ex2.approx.f32 %r5, 0f41000000;": np.float32(256),
+    "sqrt.approx.ftz.f32 %r5, 0f00000001;": np.float32(0),
+    "div.full.f32 %r5, 0f41000000, 0f40000000;": np.float32(4),
     "shfl.sync.bfly.b32 %r5, %r0, 1, 31, -1;": LANE ^ 1,
     "shfl.sync.up.b32 %r5, %r0, 1, 0, -1;": np.where(LANE % 32 == 0, LANE, LANE - 1),
     "shfl.sync.down.b32 %r5, %r0, 2, 31, -1;": np.where(LANE % 32 > 29, LANE, LANE + 2),
@@ -232,6 +244,11 @@ def test_an_instruction_computes_what_the_manual_says(body: str) -> None:
     if wanted.dtype == np.float32:
         wanted = np.ascontiguousarray(wanted).view(np.int32)
     assert stored.tolist() == wanted.tolist()
+
+
+def test_every_function_has_such_a_case() -> None:
+    names = {text.split()[0] for body in [PTX, *RESULTS] for text in re.split(r"[;\n]", body) if text.split()}
+    assert [rule.pattern for rule, _, _ in RULES if not any(map(rule.fullmatch, names))] == []
 
 
 @pytest.mark.parametrize(
