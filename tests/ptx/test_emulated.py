@@ -17,11 +17,14 @@ CASES = [
     *GOLDEN_CASES,
     "test_golden.py::test_every_implementation_matches_the_golden_cases[0-triton_cuda]",  # two chunks
     "test_triton_cuda.py::test_repeats_are_equal_to_the_bit",
-    "test_triton_cuda.py::test_tied_tops_match_the_reference_over_64_steps",
+    *(
+        f"test_triton_cuda.py::test_tied_tops_match_the_reference_over_64_steps[{gap_and_ties}]"
+        for gap_and_ties in ("0.0-2", "0.0-3", "0.0-10", "0.001-3")
+    ),
     "test_triton_cuda.py::test_near_ties_among_many_heavy_logits_match_the_reference",
     "test_triton_cuda.py::test_a_large_batch_is_transformed_in_groups",
-    "test_implementations.py::test_rows_may_lie_apart_in_memory[700-triton_cuda]",
-    "test_implementations.py::test_rows_may_lie_apart_in_memory[704-triton_cuda]",
+    "test_implementations.py::test_rows_may_lie_apart_in_memory[601-704-triton_cuda]",
+    "test_implementations.py::test_rows_may_lie_apart_in_memory[608-701-triton_cuda]",
     # Each chunk has fewer slots for heavy logits than a program has threads.
     "test_implementations.py::test_all_sizes_match_the_reference[151936-1-triton_cuda]",
 ]
