@@ -15,7 +15,8 @@ GOLDEN_CASES = [
 ]
 CASES = [
     *GOLDEN_CASES,
-    "test_golden.py::test_every_implementation_matches_the_golden_cases[0-triton_cuda]",  # two chunks
+    # Two chunks, and too many particles for the narrow program.
+    "test_golden.py::test_every_implementation_matches_the_golden_cases[0-triton_cuda]",
     "test_triton_cuda.py::test_repeats_are_equal_to_the_bit",
     *(
         f"test_triton_cuda.py::test_tied_tops_match_the_reference_over_64_steps[{gap_and_ties}]"

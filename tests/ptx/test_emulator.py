@@ -58,7 +58,7 @@ RACES = {
         "bar.sync 0; ld.global.b32 %r5, [%rd4];", 2,
     ),
     "an atomic does not order CTAs": (f"ld.global.b32 %r5, [%rd3]; bar.sync 0; {ADD} [%rd0+4], 1;", 2),
-    "threads write to one place": ("st.global.b32 [%rd3], %r0;", 1),
+    "threads write numbers to one place": ("st.global.b32 [%rd3], %r0;", 1),
     "a thread reads what another has written": (
         f"{NEIGHBOUR} st.global.b32 [%rd2], %r0; ld.global.b32 %r5, [%rd4];", 1,
     ),
@@ -93,6 +93,7 @@ ORDERED = {
     "own places": ("st.global.b32 [%rd2], %r0; ld.global.b32 %r5, [%rd2]; st.global.b32 [%rd2], %r5;", 1),
     "a barrier": (f"{NEIGHBOUR} st.global.b32 [%rd2], %r0; bar.sync 0; ld.global.b32 %r5, [%rd4];", 1),
     "reads": ("ld.global.b32 %r5, [%rd0];", 3),
+    "threads write one number": ("st.global.b32 [%rd3], 7;", 1),
     "a barrier after many have read": (
         f"ld.global.b32 %r5, [%rd0]; bar.sync 0; {FIRST_THREAD} @%p1 st.global.b32 [%rd0], %r0;", 1,
     ),
