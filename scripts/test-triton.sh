@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # test-triton.sh: unpack the releases of Triton that the kernels are tested with, beside the installed one, into .venv/triton:
-# 190 MB each to download. Where the package index is out of reach it says so, and the tests that need them are skipped.
+# 190 MB each to download, once. Where the package index is out of reach it says so, and the tests that need them are
+# skipped. `make test-all` runs it while the tests with an engine run.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=$PWD/.venv/bin/python
