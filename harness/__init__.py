@@ -1,1 +1,1 @@
-"""Starts em-serve and stock vLLM as child processes for tests, benchmarks and examples. It is not shipped."""
+"""What tests, benchmarks and examples share: servers as child processes, a stub of Triton's driver. Not shipped."""

@@ -5,14 +5,14 @@
 set -u
 cd "$(dirname "$0")/.."
 case $1 in
-essential) engine="engine and essential" others="not engine and not slow" ;;
-all) engine="engine" others="not engine" ;;
+essential) engine="engine and essential" others="not engine and not slow" fetch=: ;;
+all) engine="engine" others="not engine" fetch=scripts/test-triton.sh ;;
 *) echo "test.sh: essential or all, not '$1'" >&2 && exit 2 ;;
 esac
 shift
 
 output=$(mktemp)
-.venv/bin/python -m pytest -m "$others" "$@" >"$output" 2>&1 &
+{ $fetch; exec .venv/bin/python -m pytest -m "$others" "$@"; } >"$output" 2>&1 &
 other_tests=$!
 trap 'kill $other_tests 2>/dev/null; rm -f "$output"' EXIT
 trap 'exit 130' INT TERM
