@@ -97,7 +97,8 @@ class TritonTransform:
         rows = len(logits)
         chunks, row, results = (logits, logits.stride(0)), (params, self.scalars), (stats, self.stats.stride(0))
         heavy = self.heavy, self.heavy_counts
-        solve = (*row, self.counts, *heavy, self.order, self.particle_counts, self.moves, self.history, *results)
+        solve: Arguments = (*chunks, *row, self.counts, *heavy, self.heavy_from, self.order, self.particle_counts)
+        solve += (self.moves, self.history, *results)
         parts = triton.cdiv(self.vocab_size, kernels.APPLY_CHUNK.value)
         return (
             ((self.splits, rows, 1), (*chunks, params, self.partials)),

@@ -41,6 +41,8 @@ COUNT_SHIFT, POSITION_MASK = C(40), C((1 << 40) - 1)
 HEAVY, HEAVY_NATS, LOG_2 = C(4096), C(8.317766), C(0.6931472)
 # `solve_kernel` works on particles: the cells that matter, then the heavy logits. Few rows have more than NARROW.
 PARTICLES, NARROW = C(4096 + 4096), C(1024)
+DOUBTFUL = C(PARTICLES.value + 1)  # takes the place of their number if the solve is not to be trusted
+MAX_DOUBT = C(1e-4)  # see `_descend`
 
 CUTOFF_NATS_EM_INF = C(25.0)  # logits further below the peak do not count: 150,000 of them weigh 2e-6
 MIN_EXP_ARGUMENT = C(-87.0)  # e^-87 is nothing beside the peak's 1
@@ -64,23 +66,25 @@ def row_stats_kernel(
     """Store the partials of one chunk of a row, for `row_scalars_kernel`.
 
     These are the maximum, the sum and the first moment of exp(z - maximum), the lowest logit within the cutoff of the
-    maximum, and the number of logits that bfloat16 cannot represent: infinite if the chunk holds NaN or +inf.
+    maximum, and how many logits within this cutoff bfloat16 cannot represent, minus how many it can: infinite if the
+    chunk holds NaN or +inf.
     """
     split, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     if tl.load(params_ptr + row * COLUMNS + METHOD) == OFF:
         return
     at = split * CHUNK + tl.arange(0, CHUNK)
     z = tl.load(logits_ptr + row * row_stride + at, mask=at < VOCAB, other=-float("inf"))
-    off_grid = ((z.to(tl.int32, bitcast=True) & 0xFFFF) != 0).to(tl.float32)
-    off_grid = tl.where((z != z) | (z == float("inf")), float("inf"), off_grid)
     peak = tl.maximum(tl.max(z), LOWEST_LOGIT)
+    near = z - peak > -CUTOFF_NATS_EM_INF
+    off_grid = tl.where(near, tl.where((z.to(tl.int32, bitcast=True) & 0xFFFF) != 0, 1.0, -1.0), 0.0)
+    off_grid = tl.where((z != z) | (z == float("inf")), float("inf"), off_grid)
     below = tl.maximum(z - peak, MIN_EXP_ARGUMENT)
     e = tl.where(z - peak > MIN_EXP_ARGUMENT, tl.exp(below), 0.0)
     out = partials_ptr + (row * SPLITS + split) * PARTIALS
     tl.store(out, peak)
     tl.store(out + 1, tl.sum(e))
     tl.store(out + 2, tl.sum(e * below))
-    tl.store(out + 3, tl.min(tl.where(z - peak > -CUTOFF_NATS_EM_INF, z, peak)))
+    tl.store(out + 3, tl.min(tl.where(near, z, peak)))
     tl.store(out + 4, tl.sum(off_grid))
 
 
@@ -92,9 +96,9 @@ def row_scalars_kernel(
     """Store the scalars of one row and its stats without a step. If its method changes it, clear its histogram.
 
     PEAK: the highest logit. TOTAL: the sum of exp(z - peak). MEAN: of z - peak, under the probabilities. SPREAD: the
-    peak minus the lowest logit within the cutoff. OFF_GRID: the number of logits that bfloat16 cannot represent.
-    ENTROPY: NaN if the row is to be left as it is. HEAVY_FROM: the z - peak from which on a logit is heavy. ACTIVE: 1
-    if its method changes the row, else 0.
+    peak minus the lowest logit within the cutoff. OFF_GRID: how many logits bfloat16 cannot represent, minus how many
+    it can. ENTROPY: NaN if the row is to be left as it is. HEAVY_FROM: the z - peak from which on a logit is heavy.
+    ACTIVE: 1 if its method changes the row, else 0.
     """
     row = tl.program_id(0).to(tl.int64)
     p, out, stats = params_ptr + row * COLUMNS, scalars_ptr + row * SCALARS, stats_ptr + row
@@ -284,12 +288,12 @@ def _read_particles(counts, heavy, order, particles, min_octave, cell_bits, WIDT
 def _cell_variance(n, x, z, width, on_grid):
     """Return the variance of x within each cell. The logits z of a cell are assumed to be spread evenly.
 
-    With `on_grid`, over the values that bfloat16 can represent there; without it, over the complete cell.
+    With `on_grid`, over the values that bfloat16 can represent there; without it, over the complete cell. It is 0 if
+    all logits of the cell are equal.
     """
     exponent = (z.to(tl.int32, bitcast=True) >> 23) & 0xFF
     spacing = tl.where(exponent > 7, _power_of_2(exponent - 127 - 7), 0.0) * on_grid
-    variance = tl.maximum(width * width - spacing * spacing, 0.0) / 12
-    return tl.where(n < MIN_SPREAD_COUNT, 0.0, variance)
+    return tl.where(n > 1, tl.maximum(width * width - spacing * spacing, 0.0) / 12, 0.0)
 
 
 @triton.jit
@@ -301,7 +305,7 @@ def _sum_cells(x, slope, n, variance):
     top = tl.max(tl.where(n > 0, x, LOWEST_LOGIT))
     below = tl.minimum(tl.maximum(x - top, MIN_EXP_ARGUMENT), 0.0)
     e = tl.where(x - top > MAX_ABOVE_TOP, 0.0, tl.exp(below))
-    spread = tl.minimum(slope * slope * variance, MAX_CELL_VARIANCE)
+    spread = tl.where(n < MIN_SPREAD_COUNT, 0.0, tl.minimum(slope * slope * variance, MAX_CELL_VARIANCE))
     weight = tl.where(n > 0, n * e, 0.0)
     total = tl.sum(weight * (1 + spread / 2))
     moment = tl.sum(tl.where(n > 0, weight * (below * (1 + spread / 2) + spread), 0.0))
@@ -310,14 +314,14 @@ def _sum_cells(x, slope, n, variance):
 
 @triton.jit
 def solve_kernel(
-    params_ptr, scalars_ptr, counts_ptr, heavy_ptr, heavy_counts_ptr, order_ptr, particle_counts_ptr, moves_ptr,
-    history_ptr, stats_ptr, stats_stride,
-    VOCAB: tl.constexpr, SPLITS: tl.constexpr, SLOTS: tl.constexpr, WIDTH: tl.constexpr,
+    logits_ptr, row_stride, params_ptr, scalars_ptr, counts_ptr, heavy_ptr, heavy_counts_ptr, heavy_from_ptr,
+    order_ptr, particle_counts_ptr, moves_ptr, history_ptr, stats_ptr, stats_stride,
+    VOCAB: tl.constexpr, SPLITS: tl.constexpr, SPLITS_POW2: tl.constexpr, SLOTS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Store an active row's stats, how far each heavy logit moves, and what becomes of the logits of each cell.
 
     Launched with two widths: the narrow one finds the particles and solves for a row with at most NARROW of them, the
-    wide one for other rows.
+    wide one for other rows. A row whose solve is in doubt is solved again by the wide one, logit by logit.
     """
     row = tl.program_id(0).to(tl.int64)
     p, scalars = params_ptr + row * COLUMNS, scalars_ptr + row * SCALARS
@@ -339,27 +343,43 @@ def solve_kernel(
         particles = tl.load(particle_counts_ptr + row)
         if particles <= NARROW:
             return
-    number, n, x, width, token = _read_particles(counts, heavy, order, particles, min_octave, cell_bits, WIDTH)
+    history, stats = history_ptr + row * HISTORY * STEP_SCALARS, stats_ptr + row
     h = tl.load(scalars + ENTROPY)
-    on_grid = tl.where(tl.load(scalars + OFF_GRID) < VOCAB / 2, 1.0, 0.0)
-    variance = _cell_variance(n, x, x + centre + tl.load(scalars + PEAK), width, on_grid)
-    history = history_ptr + row * HISTORY * STEP_SCALARS
-    if tl.load(p + METHOD) == ADAPTIVE_TEMPERATURE:
-        t, reached = _temperature(p, n, x, variance, h)
-        tl.store(history, t)
-        _store_stats(stats_ptr + row, stats_stride, h, reached, 1)
-    else:
-        moved, move, reached, taken = _descend(
+    doubt = MAX_DOUBT * 2
+    if particles != DOUBTFUL:
+        number, n, x, width, token = _read_particles(counts, heavy, order, particles, min_octave, cell_bits, WIDTH)
+        on_grid = tl.where(tl.load(scalars + OFF_GRID) < 0, 1.0, 0.0)
+        variance = _cell_variance(n, x, x + centre + tl.load(scalars + PEAK), width, on_grid)
+        if tl.load(p + METHOD) == ADAPTIVE_TEMPERATURE:
+            t, reached = _temperature(p, n, x, variance, h)
+            tl.store(history, t)
+            _store_stats(stats, stats_stride, h, reached, 1)
+            return
+        moved, move, reached, taken, doubt = _descend(
             p, n, x, width, variance, tl.load(scalars + TOTAL), centre, h, history, WIDTH
         )
         tl.store(moves_ptr + row * CELLS + number, move, mask=(tl.arange(0, WIDTH) < particles) & (token < 0))
         tl.store(heavy + number - CELLS, _pack(moved, token), mask=token >= 0)
-        _store_stats(stats_ptr + row, stats_stride, h, reached, taken)
+        _store_stats(stats, stats_stride, h, reached, taken)
+    if doubt > MAX_DOUBT:
+        if WIDTH == NARROW:
+            tl.store(particle_counts_ptr + row, DOUBTFUL)
+        else:
+            logits = logits_ptr + row * row_stride
+            reached, taken = _descend_exactly(logits, tl.load(scalars + PEAK), centre, p, h, history, VOCAB)
+            _store_stats(stats, stats_stride, h, reached, taken)
+            # `apply_kernel` is to retrace every logit: none is heavy, none has its cell's mean.
+            split = row * SPLITS + tl.arange(0, SPLITS_POW2)
+            mask = tl.arange(0, SPLITS_POW2) < SPLITS
+            tl.store(heavy_counts_ptr + split, tl.zeros([SPLITS_POW2], tl.int32), mask=mask)
+            tl.store(heavy_from_ptr + split, tl.full([SPLITS_POW2], float("inf"), tl.float32), mask=mask)
+            nowhere = _pack(tl.full([CELLS], float("inf"), tl.float32), tl.full([CELLS], 1, tl.int32))
+            tl.store(moves_ptr + row * CELLS + tl.arange(0, CELLS), nowhere)
 
 
 @triton.jit
 def _descend(p, n, x, width, variance, total, centre, h, history_ptr, WIDTH: tl.constexpr):
-    """Apply EM-INF to particles; return (how far each moved, its packed move, entropy, steps).
+    """Apply EM-INF to particles; return (how far each moved, its packed move, entropy, steps, doubt).
 
     x and its derivative `slope` with respect to the logit go through the same steps. The origin of x is the row's mean.
     The first step has the row's exact sums, which were taken over the logits themselves. Every step's scalars are
@@ -368,6 +388,9 @@ def _descend(p, n, x, width, variance, total, centre, h, history_ptr, WIDTH: tl.
     A packed move is for `apply_kernel`: how far a logit at x = 0 would move, and what x adds to it (the tangent). If
     the lowest bit of the move is set, the tangent does not fit: the move is that of a logit at the cell's mean, and the
     other number is this mean. Logits elsewhere in the cell are retraced one by one.
+
+    The row's sums took all logits of such a cell to be at its mean. The doubt says how much of the row is concerned:
+    the probability that two tokens come from one such cell, before or after the steps, unless its logits are equal.
     """
     threshold, steps = tl.load(p + THRESHOLD), tl.load(p + STEPS)
     rate, kl, adam = tl.load(p + LEARNING_RATE), tl.load(p + KL_WEIGHT), tl.load(p + ADAM)
@@ -414,7 +437,49 @@ def _descend(p, n, x, width, variance, total, centre, h, history_ptr, WIDTH: tl.
     broken = tl.where(n == 1, 0, tl.where(tl.abs(tangent) * width > MAX_TANGENT_MOVE, 1, broken))
     move = tl.where(broken > 0, x - x0, x - x0 - tangent * x0)
     flagged = (move.to(tl.int32, bitcast=True) & -2) | broken
-    return x - x0, _pack(tl.where(broken > 0, x0, tangent), flagged), h, taken
+    doubtful = tl.where((broken > 0) & (variance > 0), n * tl.maximum(p0, e * share), 0.0)
+    return x - x0, _pack(tl.where(broken > 0, x0, tangent), flagged), h, taken, tl.sum(doubtful * doubtful)
+
+
+@triton.jit
+def _descend_exactly(logits, peak, centre, p, h, history_ptr, VOCAB: tl.constexpr):
+    """Apply EM-INF to every logit of a row by itself; return (entropy, steps).
+
+    Takes the steps of `_descend`, whose scalars of the first step it needs. No memory holds what becomes of a logit:
+    each is retraced at every step, so that the time grows with the square of the steps. Few rows need it.
+    """
+    threshold, steps = tl.load(p + THRESHOLD), tl.load(p + STEPS)
+    taken = 0
+    while (taken < steps) & (h >= threshold):
+        taken += 1
+        # In each column of the row, as chunks lie below one another.
+        top = tl.full([CHUNK], LOWEST_LOGIT, tl.float32)
+        total, moment = tl.zeros([CHUNK], tl.float32), tl.zeros([CHUNK], tl.float32)
+        for start in range(0, VOCAB, CHUNK):
+            at = start + tl.arange(0, CHUNK)
+            below = tl.load(logits + at, mask=at < VOCAB, other=-float("inf")) - peak
+            x = tl.maximum(below - centre, MIN_EXP_ARGUMENT)
+            x += _retrace(x, p, history_ptr, taken)
+            fall = tl.maximum(top - tl.maximum(top, x), MIN_EXP_ARGUMENT)
+            shrink = tl.exp(fall)
+            moment = (moment + total * fall) * shrink
+            total *= shrink
+            top = tl.maximum(top, x)
+            below = tl.maximum(x - top, MIN_EXP_ARGUMENT)
+            e = tl.exp(below)
+            total += e
+            moment += e * below
+        highest = tl.max(top)
+        fall = tl.maximum(top - highest, MIN_EXP_ARGUMENT)
+        sums = tl.sum(total * tl.exp(fall))
+        mean = tl.sum((moment + total * fall) * tl.exp(fall)) / sums
+        h = tl.maximum(tl.log(sums) - mean, 0.0)
+        if taken < steps:
+            tl.store(history_ptr + taken * STEP_SCALARS, highest)
+            tl.store(history_ptr + taken * STEP_SCALARS + 1, 1.0 / sums)
+            tl.store(history_ptr + taken * STEP_SCALARS + 2, mean)
+        tl.debug_barrier()  # others of this program's threads read what one has written
+    return h, taken
 
 
 @triton.jit
