@@ -44,7 +44,7 @@ HEAVY, HEAVY_NATS, LOG_2 = C(4096), C(8.317766), C(0.6931472)
 # `solve_kernel` works on particles: the cells that matter, then the heavy logits. Few rows have more than NARROW.
 PARTICLES, NARROW = C(4096 + 4096), C(1024)
 DOUBTFUL = C(PARTICLES.value + 1)  # takes the place of their number if the solve is not to be trusted
-MAX_DOUBT, MAX_EXACT_SLOPE = C(1e-4), C(30.0)  # see `_descend`
+MAX_DOUBT, MAX_EXACT_SLOPE = C(1e-5), C(30.0)  # see `_descend`
 
 CUTOFF_NATS_EM_INF = C(25.0)  # logits further below the peak do not count: 150,000 of them weigh 2e-6
 MIN_EXP_ARGUMENT = C(-87.0)  # e^-87 is nothing beside the peak's 1
