@@ -14,6 +14,8 @@ from em_sampler.transforms import triton_kernels as kernels
 from em_sampler.transforms.batch import BatchParams, TransformOutput
 
 MAX_GROUP_ROWS = 512  # of one launch: 133 kB of memory each
+# At most, of the kernels that share the chunks of active rows: three run on each of an H100's 132 multiprocessors.
+SHARING_PROGRAMS = 396
 
 # In the order of their launch: (kernel, warps of a program, particles of a program).
 LAUNCHES: tuple[tuple[Any, int, int | None], ...] = (
@@ -49,6 +51,7 @@ class TritonTransform:
 
         self.partials = memory(torch.float32, self.splits, kernels.PARTIALS.value)
         self.scalars = memory(torch.float32, kernels.SCALARS.value)
+        self.active = torch.empty(1 + self.group_rows, dtype=torch.int32, device=device)  # how many rows, which
         self.counts = memory(torch.int64, kernels.CELLS.value)
         self.heavy = memory(torch.int64, kernels.HEAVY.value)  # x, later the move, and the token of each heavy logit
         self.heavy_counts = memory(torch.int32, self.splits)
@@ -97,15 +100,16 @@ class TritonTransform:
         rows = len(logits)
         chunks, row, results = (logits, logits.stride(0)), (params, self.scalars), (stats, self.stats.stride(0))
         heavy = self.heavy, self.heavy_counts
-        solve = (*row, self.counts, *heavy, self.order, self.particle_counts, self.moves, self.history, *results)
-        parts = triton.cdiv(self.vocab_size, kernels.APPLY_CHUNK.value)
+        solve: Arguments = (*chunks, *row, self.counts, *heavy, self.heavy_from, self.order, self.particle_counts)
+        solve += (self.moves, self.history, *results)
+        active, shared = (*row, self.active), (min(self.splits * rows, SHARING_PROGRAMS), 1, 1)
         return (
-            ((self.splits, rows, 1), (*chunks, params, self.partials)),
-            ((rows, 1, 1), (params, self.partials, self.scalars, self.counts, *results)),
-            ((self.splits, rows, 1), (*chunks, *row, self.counts, *heavy, self.heavy_from)),
+            ((self.splits, rows, 1), (*chunks, params, self.partials, self.active)),
+            ((rows, 1, 1), (params, self.partials, self.scalars, self.active, self.counts, *results)),
+            (shared, (*chunks, *active, self.counts, *heavy, self.heavy_from)),
             ((rows, 1, 1), solve),
             ((rows, 1, 1), solve),
-            ((parts, rows, 1), (*chunks, *row, *heavy, self.heavy_from, self.moves, self.history, *results)),
+            (shared, (*chunks, *active, *heavy, self.heavy_from, self.moves, self.history, *results)),
         )
 
     def _compile(self, logits: Tensor, params: BatchParams) -> list[Callable[..., None]]:
@@ -137,7 +141,11 @@ def _compile_kernel(
     constants = {name: constants[name] for name in kernel.arg_names if name.isupper()}
     if not isinstance(kernel, triton.JITFunction):  # Triton's interpreter
         return lambda grid, *arguments: kernel[grid](*arguments, **constants)
+    # With 40 registers a thread, three programs of 16 warps run on a multiprocessor at a time.
+    registers = 40 if warps == 16 else None
     # No fused multiply-add: p - p0 must be exactly 0 until something has moved.
-    compiled = kernel.warmup(*arguments, **constants, grid=(1,), num_warps=warps, enable_fp_fusion=False)
+    compiled = kernel.warmup(
+        *arguments, **constants, grid=(1,), num_warps=warps, maxnreg=registers, enable_fp_fusion=False
+    )
     values = tuple(constants.values())
     return lambda grid, *arguments: compiled[grid](*arguments, *values)

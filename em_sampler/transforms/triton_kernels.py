@@ -21,7 +21,9 @@ RATIO, MIN_TEMPERATURE = C(Column.RATIO.value), C(Column.MIN_TEMPERATURE.value)
 MAX_TEMPERATURE, COLUMNS = C(Column.MAX_TEMPERATURE.value), C(len(Column))
 BETA1, BETA2, EPSILON = C(reference.BETA1), C(reference.BETA2), C(reference.EPSILON)
 
-CHUNK, APPLY_CHUNK = C(4096), C(2048)  # logits of one program
+CHUNK = C(4096)  # logits of one program
+# Of these, how many at a time: more would take the registers of another program.
+PART, LIST_PART = C(1024), C(512)
 PARTIALS = C(5)  # numbers that a program leaves of its chunk: see `row_stats_kernel`
 HISTORY, STEP_SCALARS = C(MAX_STEPS), C(3)  # a row's scalars of every step: the top, 1 / total, mean minus top
 # A row's scalars: see `row_scalars_kernel`.
@@ -41,6 +43,8 @@ COUNT_SHIFT, POSITION_MASK = C(40), C((1 << 40) - 1)
 HEAVY, HEAVY_NATS, LOG_2 = C(4096), C(8.317766), C(0.6931472)
 # `solve_kernel` works on particles: the cells that matter, then the heavy logits. Few rows have more than NARROW.
 PARTICLES, NARROW = C(4096 + 4096), C(1024)
+DOUBTFUL = C(PARTICLES.value + 1)  # takes the place of their number if the solve is not to be trusted
+MAX_DOUBT, MAX_EXACT_SLOPE = C(1e-5), C(30.0)  # see `_descend`
 
 CUTOFF_NATS_EM_INF = C(25.0)  # logits further below the peak do not count: 150,000 of them weigh 2e-6
 MIN_EXP_ARGUMENT = C(-87.0)  # e^-87 is nothing beside the peak's 1
@@ -58,43 +62,50 @@ MAX_TRIALS = C(60)  # of temperatures; bisection alone needs 24
 
 @triton.jit
 def row_stats_kernel(
-    logits_ptr, row_stride, params_ptr, partials_ptr,
+    logits_ptr, row_stride, params_ptr, partials_ptr, active_ptr,
     VOCAB: tl.constexpr, SPLITS: tl.constexpr, SPLITS_POW2: tl.constexpr,
 ):  # fmt: skip
     """Store the partials of one chunk of a row, for `row_scalars_kernel`.
 
     These are the maximum, the sum and the first moment of exp(z - maximum), the lowest logit within the cutoff of the
-    maximum, and the number of logits that bfloat16 cannot represent: infinite if the chunk holds NaN or +inf.
+    maximum, and how many logits within this cutoff bfloat16 cannot represent, minus how many it can: infinite if the
+    chunk holds NaN or +inf. The list of active rows becomes empty.
     """
     split, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    if (split == 0) & (row == 0):
+        tl.store(active_ptr, 0)
     if tl.load(params_ptr + row * COLUMNS + METHOD) == OFF:
         return
     at = split * CHUNK + tl.arange(0, CHUNK)
     z = tl.load(logits_ptr + row * row_stride + at, mask=at < VOCAB, other=-float("inf"))
-    off_grid = ((z.to(tl.int32, bitcast=True) & 0xFFFF) != 0).to(tl.float32)
-    off_grid = tl.where((z != z) | (z == float("inf")), float("inf"), off_grid)
     peak = tl.maximum(tl.max(z), LOWEST_LOGIT)
+    near = z - peak > -CUTOFF_NATS_EM_INF
+    off_grid = tl.where(near, tl.where((z.to(tl.int32, bitcast=True) & 0xFFFF) != 0, 1.0, -1.0), 0.0)
+    off_grid = tl.where((z != z) | (z == float("inf")), float("inf"), off_grid)
     below = tl.maximum(z - peak, MIN_EXP_ARGUMENT)
     e = tl.where(z - peak > MIN_EXP_ARGUMENT, tl.exp(below), 0.0)
     out = partials_ptr + (row * SPLITS + split) * PARTIALS
     tl.store(out, peak)
     tl.store(out + 1, tl.sum(e))
     tl.store(out + 2, tl.sum(e * below))
-    tl.store(out + 3, tl.min(tl.where(z - peak > -CUTOFF_NATS_EM_INF, z, peak)))
+    tl.store(out + 3, tl.min(tl.where(near, z, peak)))
     tl.store(out + 4, tl.sum(off_grid))
 
 
 @triton.jit
 def row_scalars_kernel(
-    params_ptr, partials_ptr, scalars_ptr, counts_ptr, stats_ptr, stats_stride,
+    params_ptr, partials_ptr, scalars_ptr, active_ptr, counts_ptr, stats_ptr, stats_stride,
     SPLITS: tl.constexpr, SPLITS_POW2: tl.constexpr,
 ):  # fmt: skip
-    """Store the scalars of one row and its stats without a step. If its method changes it, clear its histogram.
+    """Store the scalars of one row and its stats without a step. If its method changes it, list it: it is active.
+
+    The list begins with its length. Its order differs from call to call: nothing may depend on it. The histogram of an
+    active row is cleared.
 
     PEAK: the highest logit. TOTAL: the sum of exp(z - peak). MEAN: of z - peak, under the probabilities. SPREAD: the
-    peak minus the lowest logit within the cutoff. OFF_GRID: the number of logits that bfloat16 cannot represent.
-    ENTROPY: NaN if the row is to be left as it is. HEAVY_FROM: the z - peak from which on a logit is heavy. ACTIVE: 1
-    if its method changes the row, else 0.
+    peak minus the lowest logit within the cutoff. OFF_GRID: how many logits bfloat16 cannot represent, minus how many
+    it can. ENTROPY: NaN if the row is to be left as it is. HEAVY_FROM: the z - peak from which on a logit is heavy.
+    ACTIVE: 1 if its method changes the row, else 0.
     """
     row = tl.program_id(0).to(tl.int64)
     p, out, stats = params_ptr + row * COLUMNS, scalars_ptr + row * SCALARS, stats_ptr + row
@@ -130,6 +141,7 @@ def row_scalars_kernel(
     tl.store(out + ACTIVE, active.to(tl.float32))
     _store_stats(stats, stats_stride, h, h, 0)
     if active:
+        tl.store(active_ptr + 1 + tl.atomic_add(active_ptr, 1, sem="relaxed"), row.to(tl.int32))
         tl.store(counts_ptr + row * CELLS + tl.arange(0, CELLS), tl.zeros([CELLS], tl.int64))
 
 
@@ -184,40 +196,71 @@ def _power_of_2(exponent):
 
 @triton.jit
 def histogram_kernel(
-    logits_ptr, row_stride, params_ptr, scalars_ptr, counts_ptr, heavy_ptr, heavy_counts_ptr, heavy_from_ptr,
+    logits_ptr, row_stride, params_ptr, scalars_ptr, active_ptr, counts_ptr, heavy_ptr, heavy_counts_ptr,
+    heavy_from_ptr,
     VOCAB: tl.constexpr, SPLITS: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
-    """Add one chunk of an active row to its histogram, and list its heavy logits, in the order of the vocabulary.
+    """Add the chunks of active rows to their histograms, and list their heavy logits, in the order of the vocabulary.
 
-    The histogram consists of integers: the order of the additions changes nothing. If a chunk has more heavy logits
-    than slots, those below a higher bound go into the histogram: the bound doubles until the others fit.
+    The programs share the chunks. The histogram consists of integers: the order of the additions changes nothing. If a
+    chunk has more heavy logits than slots, those below a higher bound go into the histogram: the bound doubles until
+    the others fit.
     """
-    split, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    scalars = scalars_ptr + row * SCALARS
-    if tl.load(scalars + ACTIVE) == 0:
-        return
-    at = split * CHUNK + tl.arange(0, CHUNK)
-    z = tl.load(logits_ptr + row * row_stride + at, mask=at < VOCAB, other=-float("inf"))
-    centre, min_octave, cell_bits, cutoff = _lay_out_cells(params_ptr + row * COLUMNS, scalars)
-    peak, heavy_from = tl.load(scalars + PEAK), tl.load(scalars + HEAVY_FROM)
-    below = z - peak
-    heavies = tl.sum((below >= heavy_from).to(tl.int32))
-    while heavies > SLOTS:
-        heavy_from += LOG_2
-        heavies = tl.sum((below >= heavy_from).to(tl.int32))
-    tl.store(heavy_counts_ptr + row * SPLITS + split, heavies)
-    tl.store(heavy_from_ptr + row * SPLITS + split, heavy_from)
-    cell, position = _find_cell(below - centre, min_octave, cell_bits)
-    one = (tl.full([CHUNK], 1, tl.int64) << COUNT_SHIFT) + position
-    counted = (below > -cutoff) & (below < heavy_from)
-    tl.atomic_add(counts_ptr + row * CELLS + cell, one, mask=counted, sem="relaxed")
+    for task in range(tl.program_id(0), tl.load(active_ptr) * SPLITS, tl.num_programs(0)):
+        row, split = tl.load(active_ptr + 1 + task // SPLITS).to(tl.int64), task % SPLITS
+        heavies, bound = _count_chunk(
+            logits_ptr + row * row_stride, split * CHUNK, params_ptr + row * COLUMNS, scalars_ptr + row * SCALARS,
+            counts_ptr + row * CELLS, heavy_ptr + row * HEAVY + split * SLOTS, VOCAB, SLOTS,
+        )  # fmt: skip
+        tl.store(heavy_counts_ptr + row * SPLITS + split, heavies)
+        tl.store(heavy_from_ptr + row * SPLITS + split, bound)
+
+
+@triton.jit
+def _count_chunk(logits, start, p, scalars, counts, heavy_ptr, VOCAB: tl.constexpr, SLOTS: tl.constexpr):
+    """Count one chunk, list its heavy logits; return (how many, the bound from which on they are heavy)."""
+    heavy_from = tl.load(scalars + HEAVY_FROM)
+    heavies = 0
+    for part in range(0, CHUNK, PART):
+        below = _load_below(logits, start + part, scalars, VOCAB, PART)
+        heavies += tl.sum((below >= heavy_from).to(tl.int32))
+        _count(below, below < heavy_from, p, scalars, counts)
+    bound = heavy_from
     if heavies > 0:
-        # Read again: kept in registers, the logits would take the place of another program.
-        token = split * CHUNK + tl.arange(0, CHUNK)
-        below = tl.load(logits_ptr + row * row_stride + token, mask=token < VOCAB, other=-float("inf")) - peak
-        heavy = below >= heavy_from
-        slot = split * SLOTS + tl.cumsum(heavy.to(tl.int32)) - 1
-        tl.store(heavy_ptr + row * HEAVY + slot, _pack(below - centre, token), mask=heavy)
+        # Read again, in parts: kept in registers, the logits would take the place of other programs.
+        while heavies > SLOTS:
+            bound += LOG_2
+            heavies = 0
+            for part in range(0, CHUNK, LIST_PART):
+                again = _load_below(logits, start + part, scalars, VOCAB, LIST_PART)
+                heavies += tl.sum((again >= bound).to(tl.int32))
+        centre, _, _, _ = _lay_out_cells(p, scalars)
+        slot = -1
+        for part in range(0, CHUNK, LIST_PART):
+            token = start + part + tl.arange(0, LIST_PART)
+            again = _load_below(logits, start + part, scalars, VOCAB, LIST_PART)
+            heavy = (again >= bound).to(tl.int32)
+            listed = slot + tl.cumsum(heavy)
+            tl.store(heavy_ptr + listed, _pack(again - centre, token), mask=heavy > 0)
+            slot += tl.sum(heavy)
+            _count(again, (again >= heavy_from) & (again < bound), p, scalars, counts)
+    return heavies, bound
+
+
+@triton.jit
+def _load_below(logits, start, scalars, VOCAB: tl.constexpr, SIZE: tl.constexpr):
+    """Return the logits of SIZE tokens from `start` on, relative to the row's peak."""
+    token = start + tl.arange(0, SIZE)
+    return tl.load(logits + token, mask=token < VOCAB, other=-float("inf")) - tl.load(scalars + PEAK)
+
+
+@triton.jit
+def _count(below, counted, p, scalars, counts):
+    """Add those logits of `below`, relative to the peak, that are `counted` and within the cutoff to a histogram."""
+    centre, min_octave, cell_bits, cutoff = _lay_out_cells(p, scalars)
+    cell, position = _find_cell(below - centre, min_octave, cell_bits)
+    one = (tl.full(below.shape, 1, tl.int64) << COUNT_SHIFT) + position
+    tl.atomic_add(counts + cell, one, mask=counted & (below > -cutoff), sem="relaxed")
 
 
 @triton.jit
@@ -284,12 +327,12 @@ def _read_particles(counts, heavy, order, particles, min_octave, cell_bits, WIDT
 def _cell_variance(n, x, z, width, on_grid):
     """Return the variance of x within each cell. The logits z of a cell are assumed to be spread evenly.
 
-    With `on_grid`, over the values that bfloat16 can represent there; without it, over the complete cell.
+    With `on_grid`, over the values that bfloat16 can represent there; without it, over the complete cell. It is 0 if
+    all logits of the cell are equal.
     """
     exponent = (z.to(tl.int32, bitcast=True) >> 23) & 0xFF
     spacing = tl.where(exponent > 7, _power_of_2(exponent - 127 - 7), 0.0) * on_grid
-    variance = tl.maximum(width * width - spacing * spacing, 0.0) / 12
-    return tl.where(n < MIN_SPREAD_COUNT, 0.0, variance)
+    return tl.where(n > 1, tl.maximum(width * width - spacing * spacing, 0.0) / 12, 0.0)
 
 
 @triton.jit
@@ -301,7 +344,7 @@ def _sum_cells(x, slope, n, variance):
     top = tl.max(tl.where(n > 0, x, LOWEST_LOGIT))
     below = tl.minimum(tl.maximum(x - top, MIN_EXP_ARGUMENT), 0.0)
     e = tl.where(x - top > MAX_ABOVE_TOP, 0.0, tl.exp(below))
-    spread = tl.minimum(slope * slope * variance, MAX_CELL_VARIANCE)
+    spread = tl.where(n < MIN_SPREAD_COUNT, 0.0, tl.minimum(slope * slope * variance, MAX_CELL_VARIANCE))
     weight = tl.where(n > 0, n * e, 0.0)
     total = tl.sum(weight * (1 + spread / 2))
     moment = tl.sum(tl.where(n > 0, weight * (below * (1 + spread / 2) + spread), 0.0))
@@ -310,14 +353,14 @@ def _sum_cells(x, slope, n, variance):
 
 @triton.jit
 def solve_kernel(
-    params_ptr, scalars_ptr, counts_ptr, heavy_ptr, heavy_counts_ptr, order_ptr, particle_counts_ptr, moves_ptr,
-    history_ptr, stats_ptr, stats_stride,
-    VOCAB: tl.constexpr, SPLITS: tl.constexpr, SLOTS: tl.constexpr, WIDTH: tl.constexpr,
+    logits_ptr, row_stride, params_ptr, scalars_ptr, counts_ptr, heavy_ptr, heavy_counts_ptr, heavy_from_ptr,
+    order_ptr, particle_counts_ptr, moves_ptr, history_ptr, stats_ptr, stats_stride,
+    VOCAB: tl.constexpr, SPLITS: tl.constexpr, SPLITS_POW2: tl.constexpr, SLOTS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Store an active row's stats, how far each heavy logit moves, and what becomes of the logits of each cell.
 
     Launched with two widths: the narrow one finds the particles and solves for a row with at most NARROW of them, the
-    wide one for other rows.
+    wide one for other rows. A row whose solve is in doubt is solved again by the wide one, logit by logit.
     """
     row = tl.program_id(0).to(tl.int64)
     p, scalars = params_ptr + row * COLUMNS, scalars_ptr + row * SCALARS
@@ -339,27 +382,43 @@ def solve_kernel(
         particles = tl.load(particle_counts_ptr + row)
         if particles <= NARROW:
             return
-    number, n, x, width, token = _read_particles(counts, heavy, order, particles, min_octave, cell_bits, WIDTH)
+    history, stats = history_ptr + row * HISTORY * STEP_SCALARS, stats_ptr + row
     h = tl.load(scalars + ENTROPY)
-    on_grid = tl.where(tl.load(scalars + OFF_GRID) < VOCAB / 2, 1.0, 0.0)
-    variance = _cell_variance(n, x, x + centre + tl.load(scalars + PEAK), width, on_grid)
-    history = history_ptr + row * HISTORY * STEP_SCALARS
-    if tl.load(p + METHOD) == ADAPTIVE_TEMPERATURE:
-        t, reached = _temperature(p, n, x, variance, h)
-        tl.store(history, t)
-        _store_stats(stats_ptr + row, stats_stride, h, reached, 1)
-    else:
-        moved, move, reached, taken = _descend(
+    doubt = MAX_DOUBT * 2
+    if particles != DOUBTFUL:
+        number, n, x, width, token = _read_particles(counts, heavy, order, particles, min_octave, cell_bits, WIDTH)
+        on_grid = tl.where(tl.load(scalars + OFF_GRID) < 0, 1.0, 0.0)
+        variance = _cell_variance(n, x, x + centre + tl.load(scalars + PEAK), width, on_grid)
+        if tl.load(p + METHOD) == ADAPTIVE_TEMPERATURE:
+            t, reached = _temperature(p, n, x, variance, h)
+            tl.store(history, t)
+            _store_stats(stats, stats_stride, h, reached, 1)
+            return
+        moved, move, reached, taken, doubt = _descend(
             p, n, x, width, variance, tl.load(scalars + TOTAL), centre, h, history, WIDTH
         )
         tl.store(moves_ptr + row * CELLS + number, move, mask=(tl.arange(0, WIDTH) < particles) & (token < 0))
         tl.store(heavy + number - CELLS, _pack(moved, token), mask=token >= 0)
-        _store_stats(stats_ptr + row, stats_stride, h, reached, taken)
+        _store_stats(stats, stats_stride, h, reached, taken)
+    if doubt > MAX_DOUBT:
+        if WIDTH == NARROW:
+            tl.store(particle_counts_ptr + row, DOUBTFUL)
+        else:
+            logits = logits_ptr + row * row_stride
+            reached, taken = _descend_exactly(logits, tl.load(scalars + PEAK), centre, p, h, history, VOCAB)
+            _store_stats(stats, stats_stride, h, reached, taken)
+            # `apply_kernel` is to retrace every logit: none is heavy, none has its cell's mean.
+            split = row * SPLITS + tl.arange(0, SPLITS_POW2)
+            mask = tl.arange(0, SPLITS_POW2) < SPLITS
+            tl.store(heavy_counts_ptr + split, tl.zeros([SPLITS_POW2], tl.int32), mask=mask)
+            tl.store(heavy_from_ptr + split, tl.full([SPLITS_POW2], float("inf"), tl.float32), mask=mask)
+            nowhere = _pack(tl.full([CELLS], float("inf"), tl.float32), tl.full([CELLS], 1, tl.int32))
+            tl.store(moves_ptr + row * CELLS + tl.arange(0, CELLS), nowhere)
 
 
 @triton.jit
 def _descend(p, n, x, width, variance, total, centre, h, history_ptr, WIDTH: tl.constexpr):
-    """Apply EM-INF to particles; return (how far each moved, its packed move, entropy, steps).
+    """Apply EM-INF to particles; return (how far each moved, its packed move, entropy, steps, doubt).
 
     x and its derivative `slope` with respect to the logit go through the same steps. The origin of x is the row's mean.
     The first step has the row's exact sums, which were taken over the logits themselves. Every step's scalars are
@@ -368,6 +427,10 @@ def _descend(p, n, x, width, variance, total, centre, h, history_ptr, WIDTH: tl.
     A packed move is for `apply_kernel`: how far a logit at x = 0 would move, and what x adds to it (the tangent). If
     the lowest bit of the move is set, the tangent does not fit: the move is that of a logit at the cell's mean, and the
     other number is this mean. Logits elsewhere in the cell are retraced one by one.
+
+    The row's sums took all logits of such a cell to be at its mean. The doubt says how much of the row is concerned:
+    the probability that two tokens come from one such cell, before or after the steps, unless its logits are equal and
+    their mean, a sum of positions, is as good as exact.
     """
     threshold, steps = tl.load(p + THRESHOLD), tl.load(p + STEPS)
     rate, kl, adam = tl.load(p + LEARNING_RATE), tl.load(p + KL_WEIGHT), tl.load(p + ADAM)
@@ -414,7 +477,50 @@ def _descend(p, n, x, width, variance, total, centre, h, history_ptr, WIDTH: tl.
     broken = tl.where(n == 1, 0, tl.where(tl.abs(tangent) * width > MAX_TANGENT_MOVE, 1, broken))
     move = tl.where(broken > 0, x - x0, x - x0 - tangent * x0)
     flagged = (move.to(tl.int32, bitcast=True) & -2) | broken
-    return x - x0, _pack(tl.where(broken > 0, x0, tangent), flagged), h, taken
+    uncertain = (broken > 0) & ((variance > 0) | (tl.abs(slope) > MAX_EXACT_SLOPE))
+    doubtful = tl.where(uncertain, n * tl.maximum(p0, e * share), 0.0)
+    return x - x0, _pack(tl.where(broken > 0, x0, tangent), flagged), h, taken, tl.sum(doubtful * doubtful)
+
+
+@triton.jit
+def _descend_exactly(logits, peak, centre, p, h, history_ptr, VOCAB: tl.constexpr):
+    """Apply EM-INF to every logit of a row by itself; return (entropy, steps).
+
+    Takes the steps of `_descend`, whose scalars of the first step it needs. No memory holds what becomes of a logit:
+    each is retraced at every step, so that the time grows with the square of the steps. Few rows need it.
+    """
+    threshold, steps = tl.load(p + THRESHOLD), tl.load(p + STEPS)
+    taken = 0
+    while (taken < steps) & (h >= threshold):
+        taken += 1
+        # In each column of the row, as chunks lie below one another.
+        top = tl.full([CHUNK], LOWEST_LOGIT, tl.float32)
+        total, moment = tl.zeros([CHUNK], tl.float32), tl.zeros([CHUNK], tl.float32)
+        for start in range(0, VOCAB, CHUNK):
+            at = start + tl.arange(0, CHUNK)
+            below = tl.load(logits + at, mask=at < VOCAB, other=-float("inf")) - peak
+            x = tl.maximum(below - centre, MIN_EXP_ARGUMENT)
+            x += _retrace(x, p, history_ptr, taken)
+            fall = tl.maximum(top - tl.maximum(top, x), MIN_EXP_ARGUMENT)
+            shrink = tl.exp(fall)
+            moment = (moment + total * fall) * shrink
+            total *= shrink
+            top = tl.maximum(top, x)
+            below = tl.maximum(x - top, MIN_EXP_ARGUMENT)
+            e = tl.exp(below)
+            total += e
+            moment += e * below
+        highest = tl.max(top)
+        fall = tl.maximum(top - highest, MIN_EXP_ARGUMENT)
+        sums = tl.sum(total * tl.exp(fall))
+        mean = tl.sum((moment + total * fall) * tl.exp(fall)) / sums
+        h = tl.maximum(tl.log(sums) - mean, 0.0)
+        if taken < steps:
+            tl.store(history_ptr + taken * STEP_SCALARS, highest)
+            tl.store(history_ptr + taken * STEP_SCALARS + 1, 1.0 / sums)
+            tl.store(history_ptr + taken * STEP_SCALARS + 2, mean)
+        tl.debug_barrier()  # others of this program's threads read what one has written
+    return h, taken
 
 
 @triton.jit
@@ -456,49 +562,69 @@ def _entropy_at(log_t, n, x, variance):
 
 @triton.jit
 def apply_kernel(
-    logits_ptr, row_stride, params_ptr, scalars_ptr, heavy_ptr, heavy_counts_ptr, heavy_from_ptr, moves_ptr,
-    history_ptr, stats_ptr, stats_stride,
+    logits_ptr, row_stride, params_ptr, scalars_ptr, active_ptr, heavy_ptr, heavy_counts_ptr, heavy_from_ptr,
+    moves_ptr, history_ptr, stats_ptr, stats_stride,
     VOCAB: tl.constexpr, SPLITS: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
-    """Store the new logits of a part of a row that took steps."""
-    part, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    p, scalars = params_ptr + row * COLUMNS, scalars_ptr + row * SCALARS
-    if tl.load(scalars + ACTIVE) == 0:
-        return
-    at = part * APPLY_CHUNK + tl.arange(0, APPLY_CHUNK)
-    mask = at < VOCAB
-    z = tl.load(logits_ptr + row * row_stride + at, mask=mask, other=-float("inf"))
-    history_ptr += row * HISTORY * STEP_SCALARS
-    if tl.load(p + METHOD) == ADAPTIVE_TEMPERATURE:
-        tl.store(logits_ptr + row * row_stride + at, tl.div_rn(z, tl.load(history_ptr)), mask=mask)
-        return
-    centre, min_octave, cell_bits, _ = _lay_out_cells(p, scalars)
-    below = z - tl.load(scalars + PEAK)
-    x = below - centre
-    cell, _ = _find_cell(x, min_octave, cell_bits)
-    split = part * APPLY_CHUNK // CHUNK
-    heavies = tl.load(heavy_counts_ptr + row * SPLITS + split)
-    mask = mask & (below < tl.load(heavy_from_ptr + row * SPLITS + split))
-    near = mask & (x > -_power_of_2(min_octave + OCTAVES_EM_INF))  # further down nothing moves
-    other, flagged = _unpack(tl.load(moves_ptr + row * CELLS + cell, mask=near, other=0))
-    move, broken = (flagged & -2).to(tl.float32, bitcast=True), (flagged & 1) != 0
-    off_mean = tl.abs(x - other) > SAME_X * tl.abs(x)
-    moved = tl.where(near, tl.where(broken, move, move + other * x), 0.0)
-    retraced = near & broken & off_mean
-    if tl.max(retraced.to(tl.int32)) > 0:
-        taken = tl.load(stats_ptr + 2 * stats_stride + row)
-        moved = tl.where(retraced, _retrace(x, p, history_ptr, taken), moved)
-    tl.store(logits_ptr + row * row_stride + at, z + moved, mask=mask)
+    """Store the new logits of active rows. The programs share the chunks."""
+    for task in range(tl.program_id(0), tl.load(active_ptr) * SPLITS, tl.num_programs(0)):
+        row, split = tl.load(active_ptr + 1 + task // SPLITS).to(tl.int64), task % SPLITS
+        p, logits = params_ptr + row * COLUMNS, logits_ptr + row * row_stride
+        history = history_ptr + row * HISTORY * STEP_SCALARS
+        if tl.load(p + METHOD) == ADAPTIVE_TEMPERATURE:
+            _divide_chunk(logits, split * CHUNK, tl.load(history), VOCAB)
+        else:
+            _move_chunk(
+                logits, split * CHUNK, p, scalars_ptr + row * SCALARS, heavy_ptr + row * HEAVY + split * SLOTS,
+                tl.load(heavy_counts_ptr + row * SPLITS + split), tl.load(heavy_from_ptr + row * SPLITS + split),
+                moves_ptr + row * CELLS, history, tl.load(stats_ptr + 2 * stats_stride + row), VOCAB, SLOTS,
+            )  # fmt: skip
+
+
+@triton.jit
+def _divide_chunk(logits, start, temperature, VOCAB: tl.constexpr):
+    """Divide the logits of one chunk by a temperature."""
+    for part in range(0, CHUNK, PART):
+        at = start + part + tl.arange(0, PART)
+        z = tl.load(logits + at, mask=at < VOCAB, other=0.0)
+        tl.store(logits + at, tl.div_rn(z, temperature), mask=at < VOCAB)
+
+
+@triton.jit
+def _move_chunk(
+    logits, start, p, scalars, heavy_ptr, heavies, heavy_from, moves, history, taken,
+    VOCAB: tl.constexpr, SLOTS: tl.constexpr,
+):  # fmt: skip
+    """Move the logits of one chunk, its heavy ones each by their own move."""
+    for part in range(0, CHUNK, PART):
+        at = start + part + tl.arange(0, PART)
+        mask = at < VOCAB
+        z = tl.load(logits + at, mask=mask, other=-float("inf"))
+        below = z - tl.load(scalars + PEAK)
+        moved = _find_moves(below, mask, p, scalars, moves, history, taken)
+        tl.store(logits + at, z + moved, mask=mask & (below < heavy_from))
     if heavies > 0:
         slot = tl.arange(0, SLOTS)
-        heavy_move, token = _unpack(
-            tl.load(heavy_ptr + row * HEAVY + split * SLOTS + slot, mask=slot < heavies, other=0)
-        )
-        mine = (slot < heavies) & (token // APPLY_CHUNK == part)
-        logit = logits_ptr + row * row_stride + token
-        before = tl.load(logit, mask=mine, other=0.0)
+        heavy_move, token = _unpack(tl.load(heavy_ptr + slot, mask=slot < heavies, other=0))
+        before = tl.load(logits + token, mask=slot < heavies, other=0.0)
         tl.debug_barrier()  # until all threads of this program have read these logits
-        tl.store(logit, before + heavy_move, mask=mine)
+        tl.store(logits + token, before + heavy_move, mask=slot < heavies)
+
+
+@triton.jit
+def _find_moves(below, mask, p, scalars, moves, history, taken):
+    """Return how far logits move, given relative to the row's peak, by the tangent of their cell or retraced."""
+    centre, min_octave, cell_bits, _ = _lay_out_cells(p, scalars)
+    x = below - centre
+    cell, _ = _find_cell(x, min_octave, cell_bits)
+    near = mask & (x > -_power_of_2(min_octave + OCTAVES_EM_INF))  # further down nothing moves
+    other, flagged = _unpack(tl.load(moves + cell, mask=near, other=0))
+    move, broken = (flagged & -2).to(tl.float32, bitcast=True), (flagged & 1) != 0
+    moved = tl.where(near, tl.where(broken, move, move + other * x), 0.0)
+    retraced = near & broken & (tl.abs(x - other) > SAME_X * tl.abs(x))
+    if tl.max(retraced.to(tl.int32)) > 0:
+        moved = tl.where(retraced, _retrace(x, p, history, taken), moved)
+    return moved
 
 
 @triton.jit

@@ -7,7 +7,7 @@ import torch
 
 from em_sampler import AdaptiveTemperatureParams, EMInfParams
 from em_sampler.params import MeasureParams, Params
-from em_sampler.transforms import triton_cuda
+from em_sampler.transforms import reference, triton_cuda
 from em_sampler.transforms.batch import BatchParams
 from em_sampler.transforms.triton_cuda import TritonTransform
 from tests.em_sampler.transforms.support import DEVICE, expected, total_variation
@@ -92,6 +92,43 @@ def test_near_ties_among_many_heavy_logits_match_the_reference() -> None:
     for row in range(2):
         z, _ = expected(before[row], params)
         assert total_variation(after[row].double().numpy(), z) < 1e-3
+
+
+@pytest.mark.parametrize(
+    ("ties", "gap", "masked", "params"),
+    [
+        (6000, 1e-5, 0, EMInfParams(threshold=0.0)),
+        (6000, 1e-5, 6200, EMInfParams(threshold=0.0)),  # -inf says nothing of where the others come from
+        (8000, 1e-4, 0, EMInfParams(threshold=0.0, learning_rate=0.5)),
+        (12_000, 2e-2, 0, EMInfParams(threshold=0.0, learning_rate=0.5, kl_weight=0.5, steps=8)),  # the wide solve's
+        (12_000, 1e-3, 0, EMInfParams(threshold=0.0, steps=15)),
+        pytest.param(6000, 1e-4, 0, EMInfParams(threshold=0.0, steps=64), marks=pytest.mark.slow),
+    ],
+)
+def test_near_ties_among_light_logits_match_the_reference(
+    ties: int, gap: float, masked: int, params: EMInfParams
+) -> None:
+    """None of them is heavy, and most of the row's probability is in cells that part: without doubt, up to 0.56."""
+    generator = torch.Generator().manual_seed(6)
+    before = torch.randn(1, 3 * 4096, generator=generator)
+    before[:, :ties] = before.max() + 10 - gap * torch.rand(1, ties, generator=generator)
+    before[:, before.shape[1] - masked :] = -math.inf
+    transform = TritonTransform(before.shape[1], torch.device(DEVICE), 1)
+    result = transform(before.to(DEVICE, copy=True), BatchParams.of([params], DEVICE))
+    z, _ = expected(before[0], params)
+    assert total_variation(result.logits[0].double().cpu().numpy(), z) < 1e-4
+    assert result.entropy_after.item() == pytest.approx(reference.entropy(z), abs=1e-4)
+
+
+def test_equal_light_tops_that_move_apart_from_another_match_the_reference() -> None:
+    """All are bfloat16 values. A cell's mean is a sum of positions, not quite the value: steep curves magnify that."""
+    before = torch.randn(1, 3 * 4096, generator=torch.Generator().manual_seed(1)).bfloat16().float()
+    before[:, :8000], before[:, 0] = 20.0, 20.125
+    params = EMInfParams(threshold=0.0, learning_rate=0.5)
+    transform = TritonTransform(before.shape[1], torch.device(DEVICE), 1)
+    after = transform(before.to(DEVICE, copy=True), BatchParams.of([params], DEVICE)).logits.cpu()
+    z, _ = expected(before[0], params)
+    assert total_variation(after[0].double().numpy(), z) < 1e-4
 
 
 def test_a_row_of_adaptive_temperature_works_on_the_cells_that_hold_logits() -> None:
