@@ -499,6 +499,7 @@ def _descend_exactly(logits, peak, centre, p, h, history_ptr, VOCAB: tl.constexp
         for start in range(0, VOCAB, CHUNK):
             at = start + tl.arange(0, CHUNK)
             below = tl.load(logits + at, mask=at < VOCAB, other=-float("inf")) - peak
+            counted = below - centre > MIN_EXP_ARGUMENT
             x = tl.maximum(below - centre, MIN_EXP_ARGUMENT)
             x += _retrace(x, p, history_ptr, taken)
             fall = tl.maximum(top - tl.maximum(top, x), MIN_EXP_ARGUMENT)
@@ -507,7 +508,7 @@ def _descend_exactly(logits, peak, centre, p, h, history_ptr, VOCAB: tl.constexp
             total *= shrink
             top = tl.maximum(top, x)
             below = tl.maximum(x - top, MIN_EXP_ARGUMENT)
-            e = tl.exp(below)
+            e = tl.where(counted, tl.exp(below), 0.0)
             total += e
             moment += e * below
         highest = tl.max(top)
