@@ -19,13 +19,15 @@ SHARING_PROGRAMS = 396
 
 # In the order of their launch: (kernel, warps of a program, particles of a program).
 LAUNCHES: tuple[tuple[Any, int, int | None], ...] = (
-    (kernels.row_stats_kernel, 16, None),
+    (kernels.row_stats_kernel, 8, None),
     (kernels.row_scalars_kernel, 4, None),
     (kernels.histogram_kernel, 16, None),
     (kernels.solve_kernel, 8, kernels.NARROW.value),
     (kernels.solve_kernel, 32, kernels.PARTICLES.value),
     (kernels.apply_kernel, 16, None),
 )
+
+IS_INTERPRETED = not isinstance(kernels.apply_kernel, triton.JITFunction)  # by Triton's interpreter
 
 Grid = tuple[int, int, int]
 Arguments = tuple[Any, ...]
@@ -92,8 +94,9 @@ class TritonTransform:
         return TransformOutput(logits, self.stats[:, :rows])
 
     def _launch(self, compiled: list[Callable[..., None]], logits: Tensor, params: Tensor, stats: Tensor) -> None:
+        stream = _current_stream()
         for kernel, (grid, arguments) in zip(compiled, self._launches(logits, params, stats), strict=True):
-            kernel(grid, *arguments)
+            kernel(grid, stream, *arguments)
 
     def _launches(self, logits: Tensor, params: Tensor, stats: Tensor) -> tuple[tuple[Grid, Arguments], ...]:
         """Return the (grid, arguments) of each of LAUNCHES for a group of rows."""
@@ -130,17 +133,25 @@ def _has_aligned_rows(logits: Tensor) -> bool:
     return logits.data_ptr() % 16 == 0 and logits.stride(0) % 16 == 0
 
 
+def _current_stream() -> int:
+    """Return the stream of the current device that work goes to. Triton itself would ask again for each launch."""
+    if IS_INTERPRETED:
+        return 0
+    driver = triton.runtime.driver.active
+    return int(driver.get_current_stream(driver.get_current_device()))
+
+
 def _compile_kernel(
     kernel: Any, arguments: Arguments, constants: dict[str, int | None], warps: int
 ) -> Callable[..., None]:
-    """Compile `kernel` for arguments like `arguments`; return a function that takes its grid and such arguments.
+    """Compile `kernel` for arguments like `arguments`; return a function of its grid, a stream and such arguments.
 
     It launches the compiled kernel itself: Triton's own way there takes several times as long, since it compares every
     global and specialises every argument again.
     """
     constants = {name: constants[name] for name in kernel.arg_names if name.isupper()}
-    if not isinstance(kernel, triton.JITFunction):  # Triton's interpreter
-        return lambda grid, *arguments: kernel[grid](*arguments, **constants)
+    if IS_INTERPRETED:
+        return lambda grid, _, *arguments: kernel[grid](*arguments, **constants)
     # With 40 registers a thread, three programs of 16 warps run on a multiprocessor at a time.
     registers = 40 if warps == 16 else None
     # No fused multiply-add: p - p0 must be exactly 0 until something has moved.
@@ -148,4 +159,4 @@ def _compile_kernel(
         *arguments, **constants, grid=(1,), num_warps=warps, maxnreg=registers, enable_fp_fusion=False
     )
     values = tuple(constants.values())
-    return lambda grid, *arguments: compiled[grid](*arguments, *values)
+    return lambda grid, stream, *arguments: compiled[grid](*arguments, *values, stream=stream)

@@ -45,6 +45,7 @@ HEAVY, HEAVY_NATS, LOG_2 = C(4096), C(8.317766), C(0.6931472)
 PARTICLES, NARROW = C(4096 + 4096), C(1024)
 DOUBTFUL = C(PARTICLES.value + 1)  # takes the place of their number if the solve is not to be trusted
 MAX_DOUBT, MAX_EXACT_SLOPE = C(1e-5), C(30.0)  # see `_descend`
+MIN_WIDTH = C(1e-20)  # cells as narrow as those of a uniform row: their logits are equal, and do not move
 
 CUTOFF_NATS_EM_INF = C(25.0)  # logits further below the peak do not count: 150,000 of them weigh 2e-6
 MIN_EXP_ARGUMENT = C(-87.0)  # e^-87 is nothing beside the peak's 1
@@ -81,7 +82,7 @@ def row_stats_kernel(
     peak = tl.maximum(tl.max(z), LOWEST_LOGIT)
     near = z - peak > -CUTOFF_NATS_EM_INF
     off_grid = tl.where(near, tl.where((z.to(tl.int32, bitcast=True) & 0xFFFF) != 0, 1.0, -1.0), 0.0)
-    off_grid = tl.where((z != z) | (z == float("inf")), float("inf"), off_grid)
+    off_grid = tl.where(z < float("inf"), off_grid, float("inf"))  # NaN is not less either
     below = tl.maximum(z - peak, MIN_EXP_ARGUMENT)
     e = tl.where(z - peak > MIN_EXP_ARGUMENT, tl.exp(below), 0.0)
     out = partials_ptr + (row * SPLITS + split) * PARTIALS
@@ -477,7 +478,7 @@ def _descend(p, n, x, width, variance, total, centre, h, history_ptr, WIDTH: tl.
     broken = tl.where(n == 1, 0, tl.where(tl.abs(tangent) * width > MAX_TANGENT_MOVE, 1, broken))
     move = tl.where(broken > 0, x - x0, x - x0 - tangent * x0)
     flagged = (move.to(tl.int32, bitcast=True) & -2) | broken
-    uncertain = (broken > 0) & ((variance > 0) | (tl.abs(slope) > MAX_EXACT_SLOPE))
+    uncertain = (broken > 0) & ((variance > 0) | ((tl.abs(slope) > MAX_EXACT_SLOPE) & (width > MIN_WIDTH)))
     doubtful = tl.where(uncertain, n * tl.maximum(p0, e * share), 0.0)
     return x - x0, _pack(tl.where(broken > 0, x0, tangent), flagged), h, taken, tl.sum(doubtful * doubtful)
 

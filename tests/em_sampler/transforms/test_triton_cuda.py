@@ -139,6 +139,13 @@ def test_a_row_of_adaptive_temperature_works_on_the_cells_that_hold_logits() -> 
     assert transform.particle_counts.tolist() == [held]
 
 
+def test_a_uniform_row_is_not_solved_logit_by_logit() -> None:
+    """Its cell's tangent is steep, but nothing moves: a large vocabulary would cost milliseconds."""
+    transform = TritonTransform(VOCAB, torch.device(DEVICE), 1)
+    transform(torch.full((1, VOCAB), -1.5, device=DEVICE), BatchParams.of([EMInfParams(threshold=0.0)], DEVICE))
+    assert transform.particle_counts.tolist() == [1]
+
+
 def test_a_large_batch_is_transformed_in_groups(monkeypatch: pytest.MonkeyPatch) -> None:
     params = BatchParams.of(MIXED, DEVICE)
     whole = TritonTransform(VOCAB, torch.device(DEVICE), len(MIXED))(normal_rows(5), params)
