@@ -1,11 +1,12 @@
 """Predicted time of each Triton kernel on an H100, without a card: `python -m benchmarks.transform.budget`.
 
-From the machine code that Triton compiles for sm_90 and from the bytes that a kernel moves, so that a measurement
-(`benchmarks.transform.kernels`) can contradict it. A kernel's prediction is the largest of four times:
+From the machine code that Triton compiles for sm_90, the instructions that an emulator of PTX executes for a generated
+row, and the bytes that a kernel moves, so that a measurement (`benchmarks.transform.kernels`) can contradict it. A
+kernel's prediction is the largest of four times:
 
 memory: the logits that it reads and writes, at the bandwidth of a copy;
 issue: its instructions, by the pipe that is busiest (throughputs: CUDA's programming guide, compute capability 9.0);
-latency: its waves of programs, each as long as a chain of dependent loads and the barriers of its steps;
+latency: the dependent loads and the barriers of a program, as often as programs follow one another;
 atomics: the histogram's additions in the L2 cache, the least certain of all.
 """
 
@@ -24,10 +25,12 @@ import torch
 import triton
 
 from benchmarks.transform.logits import language_model_logits
+from em_sampler.params import MAX_THRESHOLD, EMInfParams
 from em_sampler.transforms.batch import BatchParams
 from em_sampler.transforms.triton_cuda import LAUNCHES, TritonTransform
-from em_sampler.transforms.triton_kernels import NARROW
-from harness.stub_driver import StubDriver
+from harness.stub_driver import Launch, StubDriver
+from tests.ptx.approximations import Approximations
+from tests.ptx.emulator import Emulator
 
 # An H100 SXM.
 MULTIPROCESSORS, SCHEDULERS, CLOCK_MHZ = 132, 4, 1755
@@ -41,15 +44,15 @@ L2_ADDITIONS_PER_US = 96 * CLOCK_MHZ / 3  # a 32-byte sector a cycle in each sli
 SECTORS_PER_ADDITION = 12.4 / 32  # of a warp's 32 additions, 12.4 sectors differ
 CUTOFF_NATS = 25.0  # logits further below the peak are not counted
 
-# Per kernel: logits moved (read + written) by an idle row and by an active one, and dependent loads of a program.
+# Logits moved (read + written) by an idle row and by an active one, and the dependent loads of a row's work in a
+# program: for the kernels that share the chunks of active rows, those of one chunk.
 TRAFFIC = {
     "row_stats_kernel": (1, 1, 2),
     "row_scalars_kernel": (0, 0, 2),
-    "histogram_kernel": (0, 1, 3),
+    "histogram_kernel": (0, 1, 5),
     "solve_kernel": (0, 0, 5),
-    "apply_kernel": (0, 2, 4),
+    "apply_kernel": (0, 2, 9),
 }
-ALL_ROWS = ("row_stats_kernel", "row_scalars_kernel")  # work for idle rows too
 # The pipe that an instruction needs, by the longest prefix of its name, and for how many cycles of its scheduler a warp
 # keeps it busy. Pipes work side by side; each instruction also takes the scheduler itself for one cycle.
 PIPES = {
@@ -61,27 +64,14 @@ PIPES = {
 }
 
 
-class Binaries(StubDriver):
-    """A stub driver that keeps every kernel's machine code."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.binaries = list[tuple[bytes, int]]()  # with the bytes of shared memory, in the order of loading
-
-    def load_binary(self, name: str, binary: bytes, shared: int, device: int) -> tuple[int, int, int, int, int]:
-        """Keep the machine code."""
-        self.binaries.append((binary, shared))
-        return super().load_binary(name, binary, shared, device)
-
-
-@dataclass(frozen=True)
-class Loop:
-    """A loop in a kernel's machine code."""
-
-    first: int  # address of its first instruction, as is `last`
-    last: int
-    cycles: int = 0  # that one pass of one warp takes of the busiest pipe
-    barriers: int = 0
+def busiest_pipe(names: Sequence[str]) -> int:
+    """Return for how many cycles these instructions of a warp need the pipe that they need most, or the scheduler."""
+    cycles = Counter(scheduler=len(names))
+    for name in names:
+        if prefixes := [prefix for prefix in PIPES if name.startswith(prefix)]:
+            pipe, busy = PIPES[max(prefixes, key=len)]
+            cycles[pipe] += busy
+    return max(cycles.values())
 
 
 @dataclass(frozen=True)
@@ -93,8 +83,7 @@ class MachineCode:
     registers: int
     spilled_bytes: int
     shared_bytes: int
-    cycles: int  # that one warp takes of the busiest pipe, loops left out
-    loop: Loop  # the largest one
+    cycles: int  # of the busiest pipe, if a warp executes every instruction once
 
     @property
     def resident(self) -> int:
@@ -114,33 +103,43 @@ def read_machine_code(kernel: str, warps: int, binary: bytes, shared_bytes: int)
             for option in ("-res-usage", "-sass")
         )
     used = {name: int(value) for name, value in re.findall(r"(REG|STACK):(\d+)", usage)}
-    lines = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+ )?(\w+)([^;]*);", sass)
-    instructions = [(int(address, 16), name, rest) for address, name, rest in lines]
-    jumps = [
-        (int(target[1], 16), address)
-        for address, name, rest in instructions
-        if name == "BRA" and (target := re.search(r"0x([0-9a-f]+)", rest))
-    ]
-    loops = [
-        Loop(first, last, busiest_pipe(inside), inside.count("BAR"))
-        for first, last in jumps
-        if first < last and (inside := [name for address, name, _ in instructions if first <= address <= last])
-    ]
-    outside = [
-        name for address, name, _ in instructions if not any(each.first <= address <= each.last for each in loops)
-    ]
-    largest = max(loops, key=lambda loop: loop.cycles, default=Loop(0, 0))
-    return MachineCode(kernel, warps, used["REG"], used["STACK"], shared_bytes, busiest_pipe(outside), largest)
+    names = [name for name in re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?(\w+)", sass) if name != "NOP"]
+    return MachineCode(kernel, warps, used["REG"], used["STACK"], shared_bytes, busiest_pipe(names))
 
 
-def busiest_pipe(names: Sequence[str]) -> int:
-    """Return for how many cycles these instructions of a warp need the pipe that they need most, or the scheduler."""
-    cycles = Counter(scheduler=len(names))
-    for name in names:
-        if prefixes := [prefix for prefix in PIPES if name.startswith(prefix)]:
-            pipe, busy = PIPES[max(prefixes, key=len)]
-            cycles[pipe] += busy
-    return max(cycles.values())
+@dataclass(frozen=True)
+class Executed:
+    """What the programs of one launch executed for one row."""
+
+    instructions: int  # PTX's, of all warps
+    share: float  # of the kernel's instructions, if a warp executes each once: `instructions` / (PTX's in the code)
+    barriers: float  # of one program
+
+
+class Recorder(StubDriver):
+    """A stub driver that keeps the machine code of what is loaded, and counts what launches execute."""
+
+    def __init__(self) -> None:
+        self.emulator = Emulator(Approximations(scale=0.0))
+        super().__init__(execute=self.count)
+        self.binaries = list[tuple[bytes, int]]()  # with the bytes of shared memory, in the order of loading
+        self.executed = list[Executed]()
+
+    def load_binary(self, name: str, binary: bytes, shared: int, device: int) -> tuple[int, int, int, int, int]:
+        """Keep the machine code."""
+        self.binaries.append((binary, shared))
+        return super().load_binary(name, binary, shared, device)
+
+    def count(self, launch: Launch) -> None:
+        """Execute a launch and note how much that was."""
+        code = self.emulator.program(launch.ptx).code
+        for operation in code:
+            operation.executed = 0
+        self.emulator(launch)
+        instructions = sum(operation.executed for operation in code)
+        barriers = sum(operation.executed for operation in code if operation.kind == "bar")
+        programs = math.prod(launch.grid) * launch.threads // 32
+        self.executed.append(Executed(instructions, instructions / len(code), barriers / programs))
 
 
 @dataclass(frozen=True)
@@ -152,40 +151,49 @@ class Prediction:
 
 
 class Budget:
-    """The kernels of a vocabulary, compiled for rows that are aligned to 16 bytes."""
+    """The kernels of a vocabulary, compiled for rows that are aligned to 16 bytes, and what they execute."""
 
     def __init__(self, vocab: int) -> None:
-        driver = Binaries()
-        driver.install()
+        recorder = Recorder()
+        recorder.install()
         self.vocab = vocab
         self.transform = TritonTransform(vocab, torch.device("cpu"), 1)
-        launches = zip(LAUNCHES, driver.binaries, strict=False)  # loaded in this order, then for the other alignment
+        launches = zip(LAUNCHES, recorder.binaries, strict=False)  # loaded in this order, then for the other alignment
         self.codes = [read_machine_code(kernel.__name__, warps, *binary) for (kernel, warps, _), binary in launches]
         logits = language_model_logits(8, vocab, origin="bfloat16")
         self.counted = float((logits > logits.amax(1, keepdim=True) - CUTOFF_NATS).sum()) / len(logits)
+
+        def execute(params: EMInfParams) -> list[Executed]:
+            recorder.executed.clear()
+            self.transform(logits[:1].clone(), BatchParams.of([params]))
+            return recorder.executed.copy()
+
+        self.idle = execute(EMInfParams(threshold=MAX_THRESHOLD))
+        self.by_steps = {steps: execute(EMInfParams(threshold=0.0, steps=steps)) for steps in (1, 5)}
 
     def predict(self, rows: int, active: int, steps: int) -> list[Prediction]:
         """Predict each launch of a call with so many rows, of which so many take so many steps."""
         logits, params = torch.empty(1, self.vocab).expand(rows, -1), BatchParams.of([None] * rows)
         grids = [grid for grid, _ in self.transform._launches(logits, params.values, self.transform.stats)]
-        return [self._launch(i, math.prod(grid) // rows, rows, active, steps) for i, grid in enumerate(grids)]
+        return [self._launch(i, math.prod(grid), rows, active, steps) for i, grid in enumerate(grids)]
 
     def _launch(self, number: int, programs: int, rows: int, active: int, steps: int) -> Prediction:
-        """Predict a launch of so many programs for each row."""
-        code, particles = self.codes[number], LAUNCHES[number][2]
+        """Predict a launch of so many programs."""
+        code, idle = self.codes[number], self.idle[number]
+        one, five = self.by_steps[1][number], self.by_steps[5][number]
+        share = one.share + (five.share - one.share) / 4 * (steps - 1)
+        barriers = one.barriers + (five.barriers - one.barriers) / 4 * (steps - 1)
         idle_reads, active_moves, loads = TRAFFIC[code.kernel]
-        working = rows if code.kernel in ALL_ROWS else active
-        if particles and particles > NARROW.value:
-            working = 0  # its rows are few
-        passes = steps if particles else 0
-        cycles = code.cycles + passes * code.loop.cycles
-        chain_us = loads * LOAD_US + passes * code.loop.barriers * BARRIER_US
-        at_a_time = MULTIPROCESSORS * code.resident
-        leaving_us = (rows - working) * programs / at_a_time * LOAD_US
+        at_a_time = min(programs, MULTIPROCESSORS * code.resident)
+        if code.kernel in ("histogram_kernel", "apply_kernel"):
+            rounds = math.ceil(active * self.transform.splits / at_a_time)
+        else:
+            rounds = programs / at_a_time * (1 if idle_reads else active / rows)
         times = {
             "memory": ((rows - active) * idle_reads + active * active_moves) * self.vocab * 4 / COPY_BYTES_PER_US,
-            "issue": working * programs * code.warps * cycles / (MULTIPROCESSORS * SCHEDULERS) / CLOCK_MHZ,
-            "latency": max(working * programs / at_a_time, min(working, 1)) * chain_us + max(leaving_us, LOAD_US),
+            "issue": ((rows - active) * idle.share + active * share)
+            * (code.cycles / (MULTIPROCESSORS * SCHEDULERS) / CLOCK_MHZ),
+            "latency": LOAD_US + rounds * (loads * LOAD_US + barriers * BARRIER_US),
         }
         if code.kernel == "histogram_kernel":
             times["atomics"] = active * self.counted * SECTORS_PER_ADDITION / L2_ADDITIONS_PER_US
@@ -202,22 +210,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--vocab", default=151_936, type=int)
     args = parser.parse_args(arguments)
     budget = Budget(args.vocab)
-    print("| kernel | warps | registers | spilled bytes | shared bytes | programs on a multiprocessor |")
-    print("|---|---|---|---|---|---|")
-    for code in budget.codes:
+    print("| kernel | warps | registers | spilled bytes | shared bytes | programs on a multiprocessor |", end="")
+    print(" warp instructions of PTX, idle row | 5 steps |")
+    print("|---|---|---|---|---|---|---|---|")
+    for code, idle, active in zip(budget.codes, budget.idle, budget.by_steps[5], strict=True):
         print(
             f"| {code.kernel} | {code.warps} | {code.registers} | {code.spilled_bytes} | {code.shared_bytes} ", end=""
         )
-        print(f"| {code.resident} |")
+        print(f"| {code.resident} | {idle.instructions:,} | {active.instructions:,} |")
     print("\n| rows, active, steps |", *(f"{code.kernel} |" for code in budget.codes), "sum | a copy |")
     print("|---" * (len(budget.codes) + 3) + "|")
     for rows, share, steps in product(args.rows, args.shares, args.steps):
-        active = round(rows * share)
-        if not active and steps != args.steps[0]:
+        active_rows = round(rows * share)
+        if not active_rows and steps != args.steps[0]:
             continue
-        launches = budget.predict(rows, active, steps)
+        launches = budget.predict(rows, active_rows, steps)
         copy_us = 2 * rows * args.vocab * 4 / COPY_BYTES_PER_US
-        print(f"| {rows}, {active}, {steps} |", *(f"{each.us:.0f} {each.bound} |" for each in launches), end="")
+        print(f"| {rows}, {active_rows}, {steps} |", *(f"{each.us:.0f} {each.bound} |" for each in launches), end="")
         print(f" {sum(each.us for each in launches):.0f} | {copy_us:.0f} |")
     return 0
 

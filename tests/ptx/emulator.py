@@ -28,6 +28,7 @@ class Operation:
     target: str = ""
     guard: str = ""  # the register of a predicate; "" if all threads take part
     negated: bool = False
+    executed: int = 0  # by how many warps so far
 
 
 class Program:
@@ -84,7 +85,7 @@ class Cta:
         clock: Clock,
     ) -> None:  # fmt: skip
         self.program, self.arguments, self.at, self.memory, self.clock = program, arguments, at, memory, clock
-        self.threads = np.arange(launch.threads)
+        self.threads, self.grid = np.arange(launch.threads), launch.grid
         self.registers = {name: np.zeros(launch.threads, kind) for name, kind in program.registers.items()}
         self.shared = shared_memory(launch.shared_bytes, clock)
 
@@ -95,9 +96,9 @@ class Cta:
         return self.arguments[index][: np.dtype(kind).itemsize].view(kind)
 
     def position(self, of: str, axis: str) -> Lanes:
-        """Return the threads' position in the CTA ("tid"), or the CTA's in the grid ("ctaid")."""
-        if of == "ctaid":
-            return np.array(["xyz".index(axis)]).choose(self.at)
+        """Return the threads' position in the CTA ("tid"), the CTA's in the grid ("ctaid"), or the grid's size."""
+        if of != "tid":
+            return np.array([(self.at if of == "ctaid" else self.grid)["xyz".index(axis)]])
         return self.threads if axis == "x" else np.zeros(1)
 
     def run(self) -> None:
@@ -122,11 +123,13 @@ class Cta:
         """Run threads until they end, part, wait or meet others."""
         nobody = np.zeros(len(self.threads), bool)
         complete = bool(active.all())
+        warps = int(active.reshape(-1, 32).any(1).sum())
         while True:
             if at in groups:
                 groups[at] = groups[at] | active
                 return
             operation = self.program.code[at]
+            operation.executed += warps
             mask: Mask = None if complete else active
             if operation.guard:
                 holds = self.registers[operation.guard]

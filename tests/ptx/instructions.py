@@ -64,25 +64,28 @@ def shift_right(a: Lanes, by: Lanes) -> Lanes:
 def extract_bits(a: Lanes, start: Lanes, length: Lanes) -> Lanes:
     """Return a bit field of an unsigned number."""
     ones = shift_left(np.ones(1, a.dtype), length & 255) - a.dtype.type(1)
-    return shift_right(a, start & 255) & ones
+    field: Lanes = shift_right(a, start & 255) & ones
+    return field
 
 
 def permute_bytes(a: Lanes, b: Lanes, selector: Lanes) -> Lanes:
     """Return four bytes of a and b, each chosen by 4 bits of the selector: its number, or its sign alone."""
     a, b, selector = np.broadcast_arrays(a, b, selector)
     choices = (selector[:, None] >> np.arange(0, 16, 4, dtype=np.uint32)) & 15
-    chosen = np.take_along_axis(np.stack([a, b], -1).view(np.uint8), choices & 7, 1)
+    chosen: Lanes = np.take_along_axis(np.stack([a, b], -1).view(np.uint8), choices & 7, 1)
     return np.where(choices & 8, (chosen >> 7) * np.uint8(255), chosen).view(np.uint32)[:, 0]
 
 
 def count_ones(a: Lanes) -> Lanes:
     """Return the number of bits that are set."""
-    return np.unpackbits(np.ascontiguousarray(a).view(np.uint8).reshape(len(a), -1), axis=1).sum(1)
+    ones: Lanes = np.unpackbits(np.ascontiguousarray(a).view(np.uint8).reshape(len(a), -1), axis=1).sum(1)
+    return ones
 
 
 def truncate(a: Lanes) -> Lanes:
     """Return float32 as int32: beyond the range its end, and 0 for NaN."""
-    return np.clip(np.nan_to_num(np.trunc(a.astype(np.float64)), nan=0.0), -(2**31), 2**31 - 1)
+    truncated: Lanes = np.nan_to_num(np.trunc(a.astype(np.float64)), nan=0.0)
+    return truncated.clip(-(2**31), 2**31 - 1)
 
 
 COMPARISONS: dict[str, Function] = {
@@ -101,6 +104,7 @@ FUNCTIONS: dict[str, tuple[str, Function | str]] = {
     r"(sub|sub\.rn)\.T": ("t=tt", np.subtract),
     r"(mul\.lo|mul\.rn|mul)\.T": ("t=tt", np.multiply),
     r"mul\.wide\.[us](16|32)": ("w=nn", np.multiply),
+    r"mul\.hi\.s32": ("t=nn", lambda a, b: a * b >> 32),
     r"mad\.lo\.T": ("t=ttt", lambda a, b, c: a * b + c),
     r"mad\.wide\.[us](16|32)": ("w=nnw", lambda a, b, c: a * b + c),
     r"fma\.rn(\.ftz)?\.f32": ("t=ttt", fused),
@@ -161,7 +165,7 @@ class Instruction:
                 return lambda cta: cta.registers[operand].view(kind)
             return lambda cta: cta.registers[operand].astype(UNSIGNED[width]).view(kind)
         if operand.startswith("%"):
-            axis = re.fullmatch(r"%(tid|ctaid)\.([xyz])", operand)
+            axis = re.fullmatch(r"%(tid|ctaid|nctaid)\.([xyz])", operand)
             if not axis:
                 raise self.unknown()
             return lambda cta: cta.position(*axis.groups()).astype(kind)
@@ -210,8 +214,9 @@ def decode(text: str, program: "Program") -> Step:
             return move_parts(it)
         for names, types, function in RULES:
             if names.fullmatch(it.name):
-                named = isinstance(function, str)
-                return computed(it, types, getattr(program.approximations, function) if named else function)
+                if isinstance(function, str):
+                    function = getattr(program.approximations, function)
+                return computed(it, types, function)
     except (IndexError, KeyError, TypeError, ValueError) as error:  # a part that is missing, or unheard of
         raise it.unknown() from error
     raise it.unknown()

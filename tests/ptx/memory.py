@@ -134,7 +134,7 @@ def global_memory(tensors: Iterable[torch.Tensor], clock: Clock) -> Memory:
     """Return the storages of the tensors that a launch was given."""
     storages = {each.untyped_storage().data_ptr(): each.untyped_storage().nbytes() for each in tensors}
     return Memory(
-        Region(base, np.frombuffer((ctypes.c_uint8 * size).from_address(base), np.uint8), 4, clock)
+        Region(base, np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(base)), 4, clock)
         for base, size in storages.items()
         if size
     )

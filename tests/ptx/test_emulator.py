@@ -30,6 +30,7 @@ PTX = """
     .loc 1 1 1 // a comment
     mov.u32 %r0, %tid.x;
     mov.u32 %r1, %ctaid.x;
+    mov.u32 %r19, %nctaid.x;
     ld.param.b64 %rd0, [kernel_param_0];
     ld.param.b64 %rd1, [kernel_param_1];
     mad.wide.u32 %rd2, %r0, 4, %rd0;
@@ -171,6 +172,9 @@ RESULTS: dict[str, Any] = {
     "sub.s32 %r5, 7, %r0;": 7 - LANE,
     "mul.lo.s32 %r5, %r0, -3;": -3 * LANE,
     "mul.wide.s32 %rd5, %r0, -3; cvt.u32.u64 %r5, %rd5;": -3 * LANE,
+    "mul.hi.s32 %r5, %r0, 0x60000000;": LANE * 3 // 8,
+    "mul.hi.s32 %r5, -9, %r0;": np.where(LANE == 0, 0, -1),
+    "mov.u32 %r5, %r19;": 1,
     "mul.wide.u32 %rd5, %r0, -1; shr.u64 %rd5, %rd5, 32; cvt.u32.u64 %r5, %rd5;": np.maximum(LANE - 1, 0),
     "mad.lo.s32 %r5, %r0, -3, 7;": 7 - 3 * LANE,
     "cvt.s64.s32 %rd5, -9; mad.wide.s32 %rd5, %r0, -3, %rd5; cvt.u32.u64 %r5, %rd5;": -3 * LANE - 9,
