@@ -54,6 +54,9 @@ MIN_SPREAD_COUNT = C(8)  # the logits of a cell with fewer are taken to be equal
 MAX_ABOVE_TOP = C(0.01)  # cells further above the highest logit are empty, and must not run away
 MAX_SLOPE = C(1e4)  # nor may a slope
 MAX_TANGENT_MOVE = C(0.01)  # a cell is not trusted with its tangent if the move differs by more across it
+# Nor if it differs by this much, for logits with less probability than FAINT. Adam moves these less and less, the
+# fainter they are: their cells are wide and their tangents steep, but the curve is smooth.
+FAINT, MAX_FAINT_TANGENT_MOVE = C(1e-7), C(1.0)
 SAME_X = C(3e-7)  # relative: two x this close are the same
 MAX_CELL_VARIANCE = C(0.1)  # beyond this variance within a cell, its second-order term says nothing
 
@@ -224,28 +227,40 @@ def _count_chunk(logits, start, p, scalars, counts, heavy_ptr, VOCAB: tl.constex
     heavies = 0
     for part in range(0, CHUNK, PART):
         below = _load_below(logits, start + part, scalars, VOCAB, PART)
-        heavies += tl.sum((below >= heavy_from).to(tl.int32))
+        heavy = tl.sum((below >= heavy_from).to(tl.int32))
         _count(below, below < heavy_from, p, scalars, counts)
+        if (heavy > 0) & (heavies + heavy <= SLOTS):
+            _list_heavy(logits, start + part, PART, heavies, heavy_from, p, scalars, heavy_ptr, VOCAB)
+        heavies += heavy
     bound = heavy_from
-    if heavies > 0:
-        # Read again, in parts: kept in registers, the logits would take the place of other programs.
+    if heavies > SLOTS:
         while heavies > SLOTS:
             bound += LOG_2
             heavies = 0
-            for part in range(0, CHUNK, LIST_PART):
-                again = _load_below(logits, start + part, scalars, VOCAB, LIST_PART)
-                heavies += tl.sum((again >= bound).to(tl.int32))
-        centre, _, _, _ = _lay_out_cells(p, scalars)
-        slot = -1
-        for part in range(0, CHUNK, LIST_PART):
-            token = start + part + tl.arange(0, LIST_PART)
-            again = _load_below(logits, start + part, scalars, VOCAB, LIST_PART)
-            heavy = (again >= bound).to(tl.int32)
-            listed = slot + tl.cumsum(heavy)
-            tl.store(heavy_ptr + listed, _pack(again - centre, token), mask=heavy > 0)
-            slot += tl.sum(heavy)
-            _count(again, (again >= heavy_from) & (again < bound), p, scalars, counts)
+            for part in range(0, CHUNK, PART):
+                below = _load_below(logits, start + part, scalars, VOCAB, PART)
+                heavies += tl.sum((below >= bound).to(tl.int32))
+        for part in range(0, CHUNK, PART):
+            below = _load_below(logits, start + part, scalars, VOCAB, PART)
+            _count(below, (below >= heavy_from) & (below < bound), p, scalars, counts)
+        _list_heavy(logits, start, CHUNK, 0, bound, p, scalars, heavy_ptr, VOCAB)
     return heavies, bound
+
+
+@triton.jit
+def _list_heavy(logits, start, size, first, bound, p, scalars, heavy_ptr, VOCAB: tl.constexpr):
+    """List those of `size` logits that are heavy by this bound, in slots from the `first` on.
+
+    They are read again, in smaller parts: kept in registers, they would take the place of other programs.
+    """
+    centre, _, _, _ = _lay_out_cells(p, scalars)
+    slot = tl.full([], first, tl.int32)
+    for part in range(0, size, LIST_PART):
+        token = start + part + tl.arange(0, LIST_PART)
+        below = _load_below(logits, start + part, scalars, VOCAB, LIST_PART)
+        heavy = (below >= bound).to(tl.int32)
+        tl.store(heavy_ptr + slot + tl.cumsum(heavy) - 1, _pack(below - centre, token), mask=heavy > 0)
+        slot += tl.sum(heavy)
 
 
 @triton.jit
@@ -475,7 +490,9 @@ def _descend(p, n, x, width, variance, total, centre, h, history_ptr, WIDTH: tl.
         share = 1.0 / total
         h = tl.maximum(tl.log(total) - mean, 0.0)
     tangent = tl.where(n == 1, 0.0, slope - 1)  # the cell's logit is at x0 itself
-    broken = tl.where(n == 1, 0, tl.where(tl.abs(tangent) * width > MAX_TANGENT_MOVE, 1, broken))
+    is_faint = tl.maximum(p0, e * share) < FAINT
+    most = tl.where(is_faint, MAX_FAINT_TANGENT_MOVE, MAX_TANGENT_MOVE)
+    broken = tl.where(n == 1, 0, tl.where(tl.abs(tangent) * width > most, 1, broken))
     move = tl.where(broken > 0, x - x0, x - x0 - tangent * x0)
     flagged = (move.to(tl.int32, bitcast=True) & -2) | broken
     uncertain = (broken > 0) & ((variance > 0) | ((tl.abs(slope) > MAX_EXACT_SLOPE) & (width > MIN_WIDTH)))
