@@ -146,6 +146,15 @@ def test_a_uniform_row_is_not_solved_logit_by_logit() -> None:
     assert transform.particle_counts.tolist() == [1]
 
 
+def test_faint_logits_are_not_retraced() -> None:
+    """A row has thousands whose moves fade to nothing: to retrace them takes longer than all else."""
+    transform = TritonTransform(VOCAB, torch.device(DEVICE), 1)
+    transform(2 * normal_rows(1)[:1], BatchParams.of([EMInfParams(threshold=0.0)], DEVICE))
+    has_no_tangent = transform.moves[transform.counts != 0] & 1
+    assert len(has_no_tangent) > 100
+    assert has_no_tangent.sum() == 0
+
+
 def test_a_large_batch_is_transformed_in_groups(monkeypatch: pytest.MonkeyPatch) -> None:
     params = BatchParams.of(MIXED, DEVICE)
     whole = TritonTransform(VOCAB, torch.device(DEVICE), len(MIXED))(normal_rows(5), params)
