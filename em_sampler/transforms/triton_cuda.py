@@ -146,8 +146,8 @@ def _compile_kernel(
 ) -> Callable[..., None]:
     """Compile `kernel` for arguments like `arguments`; return a function of its grid, a stream and such arguments.
 
-    It launches the compiled kernel itself: Triton's own way there takes several times as long, since it compares every
-    global and specialises every argument again.
+    It launches the compiled kernel as Triton itself does in the end. Triton's way there takes many times as long: it
+    compares every global and specialises every argument again.
     """
     constants = {name: constants[name] for name in kernel.arg_names if name.isupper()}
     if IS_INTERPRETED:
@@ -158,5 +158,6 @@ def _compile_kernel(
     compiled = kernel.warmup(
         *arguments, **constants, grid=(1,), num_warps=warps, maxnreg=registers, enable_fp_fusion=False
     )
-    values = tuple(constants.values())
-    return lambda grid, stream, *arguments: compiled[grid](*arguments, *values, stream=stream)
+    run, values = compiled.run, tuple(constants.values())
+    fixed = compiled.function, compiled.packed_metadata, None, None, None  # no launch metadata and no hooks
+    return lambda grid, stream, *arguments: run(*grid, stream, *fixed, *arguments, *values)
