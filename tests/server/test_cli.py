@@ -21,7 +21,7 @@ def parse(*argv: str) -> argparse.Namespace:
 
 
 def test_flags_have_the_defaults_of_the_settings() -> None:
-    assert Settings.from_args(parse(), None, {}) == Settings()
+    assert Settings.from_args(parse()) == Settings()
 
 
 def test_flags_reach_the_settings() -> None:
@@ -36,9 +36,7 @@ def test_flags_reach_the_settings() -> None:
                 "--strategy-refinement-prompt",
                 "Again.",
             ),
-        ),
-        None,
-        {},
+        )
     )
     assert settings == Settings(parse_params({"steps": 3}), 8, 2, 9, "Again.")
     assert parse("--em-inf-default", "true").em_inf_default == parse_params(True)

@@ -19,7 +19,9 @@ def request(em_inf: Any = None, xargs: dict[str, Any] | None = None, **fields: A
 
 
 def test_settings_come_from_the_flags_and_else_from_their_defaults() -> None:
-    settings = Settings.from_args(Namespace(em_inf_max_steps=7, model="m"), "no engine", {"vllm": "1"})
+    settings = Settings.from_args(
+        Namespace(em_inf_max_steps=7, model="m"), unavailable="no engine", versions={"vllm": "1"}
+    )
     assert settings == Settings(em_inf_max_steps=7, unavailable="no engine", versions={"vllm": "1"})
     assert (settings.strategy_max_branches, settings.strategy_max_in_flight) == (64, 512)
     assert settings.strategy_refinement_prompt == REFINEMENT_PROMPT
