@@ -28,6 +28,7 @@ from benchmarks.transform.logits import language_model_logits
 from em_sampler.params import MAX_THRESHOLD, EMInfParams
 from em_sampler.transforms.batch import BatchParams
 from em_sampler.transforms.triton_cuda import LAUNCHES, TritonTransform
+from em_sampler.transforms.triton_kernels import CUTOFF_NATS_EM_INF
 from harness.stub_driver import Launch, StubDriver
 from tests.ptx.approximations import Approximations
 from tests.ptx.emulator import Emulator
@@ -42,7 +43,6 @@ BARRIER_US = 0.05  # a barrier, with what the threads do between two of them
 LAUNCH_US = 1.0  # from one kernel's end to the next one's begin
 L2_ADDITIONS_PER_US = 96 * CLOCK_MHZ / 3  # a 32-byte sector a cycle in each slice; hot cells cost a factor of 3
 SECTORS_PER_ADDITION = 12.4 / 32  # of a warp's 32 additions, 12.4 sectors differ
-CUTOFF_NATS = 25.0  # logits further below the peak are not counted
 
 # Logits moved (read + written) by an idle row and by an active one, and the dependent loads of a row's work in a
 # program: for the kernels that share the chunks of active rows, those of one chunk.
@@ -161,7 +161,7 @@ class Budget:
         launches = zip(LAUNCHES, recorder.binaries, strict=False)  # loaded in this order, then for the other alignment
         self.codes = [read_machine_code(kernel.__name__, warps, *binary) for (kernel, warps, _), binary in launches]
         logits = language_model_logits(8, vocab, origin="bfloat16")
-        self.counted = float((logits > logits.amax(1, keepdim=True) - CUTOFF_NATS).sum()) / len(logits)
+        self.counted = float((logits > logits.amax(1, keepdim=True) - CUTOFF_NATS_EM_INF.value).sum()) / len(logits)
 
         def execute(params: EMInfParams) -> list[Executed]:
             recorder.executed.clear()
@@ -214,10 +214,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(" warp instructions of PTX, idle row | 5 steps |")
     print("|---|---|---|---|---|---|---|---|")
     for code, idle, active in zip(budget.codes, budget.idle, budget.by_steps[5], strict=True):
-        print(
-            f"| {code.kernel} | {code.warps} | {code.registers} | {code.spilled_bytes} | {code.shared_bytes} ", end=""
-        )
-        print(f"| {code.resident} | {idle.instructions:,} | {active.instructions:,} |")
+        print(f"| {code.kernel} | {code.warps} | {code.registers} | {code.spilled_bytes} |", end="")
+        print(f" {code.shared_bytes} | {code.resident} | {idle.instructions:,} | {active.instructions:,} |")
     print("\n| rows, active, steps |", *(f"{code.kernel} |" for code in budget.codes), "sum | a copy |")
     print("|---" * (len(budget.codes) + 3) + "|")
     for rows, share, steps in product(args.rows, args.shares, args.steps):

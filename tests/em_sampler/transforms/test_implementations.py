@@ -312,10 +312,8 @@ def test_rows_may_lie_apart_in_memory(vocab: int, width: int, implementation: st
     params: list[Params | None] = [EMInfParams(), AdaptiveTemperatureParams(), None] * 2
     alone = IMPLEMENTATIONS[implementation](padded[:, :vocab].clone(), params).logits.clone()
     IMPLEMENTATIONS[implementation](padded[:, :vocab], params)
-    if implementation == "triton_cuda" and 0 in (
-        vocab % 16,
-        width % 16,
-    ):  # aligned rows: code that adds in another order
+    # Aligned rows run other code of Triton's, which adds in another order.
+    if implementation == "triton_cuda" and 0 in (vocab % 16, width % 16):
         torch.testing.assert_close(padded[:, :vocab], alone)
     else:
         assert torch.equal(padded[:, :vocab], alone)
