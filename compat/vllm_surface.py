@@ -216,6 +216,18 @@ SURFACE: dict[tuple[str, str], dict[Expectation, str]] = {
             "conversation, engine_inputs = result",
             "raw_request.state.request_metadata = request_metadata",
         ): "what it returns; where the id of a stream's chunks is",
+        signature(
+            "OpenAIServingChat._make_parser(self, request, tokenizer, chat_template_kwargs)"
+        ): "a branch's reasoning tokens",
+        signature("OpenAIServingChat._effective_chat_template_kwargs(self, request)"): "an argument of the parser",
+        contains(
+            "OpenAIServingChat.chat_completion_full_generator",
+            "parser.set_prompt_token_ids(final_res.prompt_token_ids)",
+            "parser.count_reasoning_tokens(token_ids)",
+        ): "how vLLM counts them",
+        contains(
+            "OpenAIServingChat.__init__", "self._include_reasoning_tokens_details = bool(reasoning_parser)"
+        ): "whether it does",
     },
     (ENDPOINTS, "vllm/engine/protocol.py"): {
         has(
@@ -249,7 +261,9 @@ SURFACE: dict[tuple[str, str], dict[Expectation, str]] = {
             "EngineClient.collective_rpc(self, method, timeout=None, args=(), kwargs=None)"
         ): "asks the workers which transforms they use",
     },
-    (ENGINE, "vllm/config/model.py"): {has("ModelConfig", "max_logprobs"): "a server's limit"},
+    (ENGINE, "vllm/config/model.py"): {
+        has("ModelConfig", "max_logprobs", "logprobs_mode"): "a server's limit; what it returns"
+    },
     (ENGINE, CONFIG): {has("VllmConfig.parallel_config", "_api_process_rank"): "the index of this API server"},
     (ENGINE, "vllm/exceptions.py"): {
         signature("VLLMValidationError.__init__(self, message, *, parameter=None, value=None)"): "HTTP 400",
@@ -260,13 +274,32 @@ SURFACE: dict[tuple[str, str], dict[Expectation, str]] = {
             "OutputProcessor.abort_requests",
             "self.external_req_ids.pop(request_id, [])",
             "finish_reason=FinishReason.ABORT",
-        ): "aborts a branch by the id that we gave it; its last output follows",
+        ): "aborts all requests with the id that we gave to a branch alone; its last output follows",
+        contains(
+            "RequestState._new_completion_output", "logprobs[-num_new_tokens:]"
+        ): "a list with an entry for each token is sliced, whatever the entries",
+    },
+    (ENGINE, "vllm/v1/engine/logprobs.py"): {
+        signature("LogprobsProcessor.from_new_request(cls, tokenizer, request)"): "wrapped: makes our subclass",
+        signature("LogprobsProcessor._update_sample_logprobs(self, logprobs_lists)"): "overridden",
+        has("LogprobsProcessor", "logprobs", "cumulative_logprob", "num_logprobs"): "what it keeps",
+        contains(
+            "LogprobsProcessor._update_sample_logprobs", "sampled_token_logprob = logprobs[0]"
+        ): "the sampled token comes first",
+    },
+    (ENGINE, "vllm/v1/outputs.py"): {has("LogprobsLists", "logprobs"): "a row for each token"},
+    (ENGINE, "vllm/v1/engine/core_client.py"): {
+        signature("AsyncMPClient.get_output_async(self)"): "wrapped: others have their turn before each step's outputs",
     },
     (ENGINE, SAMPLING): {
         has(
             "SamplingParams", "extra_args", "n", "output_kind"
         ): "the way to the worker; number of samples; how to count tokens",
         has("SamplingParams", "seed", "logprobs"): "the differences between branches; the weights of votes",
+        has("SamplingParams", "flat_logprobs", "num_logprobs"): "marks branches: no HTTP request sets it",
+        has(
+            "SamplingParams", "prompt_logprobs", "_bad_words_token_ids", "_all_stop_token_ids"
+        ): "what the client gets; the fields whose names differ from the request's",
         has("RequestOutputKind", "DELTA"): "outputs have only new tokens, otherwise all tokens",
     },
     (ENGINE, "vllm/outputs.py"): {
@@ -285,6 +318,7 @@ SURFACE: dict[tuple[str, str], dict[Expectation, str]] = {
             "self.prompt_token_ids = prompt_token_ids",
             "self.finished = finished",
             "self.num_cached_tokens = num_cached_tokens",
+            "self.num_cache_creation_tokens = num_cache_creation_tokens",
         ): "the cost of a branch",
     },
     (BRANCHES, "vllm/logprobs.py"): {has("Logprob", "logprob", "rank"): "a token's confidence"},
@@ -319,12 +353,13 @@ SURFACE: dict[tuple[str, str], dict[Expectation, str]] = {
         signature(
             "OutputProcessor.do_tracing(self, engine_core_output, req_state, iteration_stats)"
         ): "delayed until the stats are final",
+        signature(
+            "OutputProcessor.add_request(self, request, prompt, parent_req=None, request_index=0, queue=None)"
+        ): "wrapped: notes which stats belong to vLLM's own id",
         contains(
             "OutputProcessor.process_outputs", "self.do_tracing(engine_core_output, req_state, iteration_stats)"
         ): "how it is called",
-        contains(
-            "RequestState.__init__", "self.external_req_id = external_req_id", "self.request_index"
-        ): "the reply of a span",
+        contains("RequestState.__init__", "self.request_id = request_id", "self.request_index"): "the reply of a span",
     },
     (TRACING, "vllm/tracing/otel.py"): {
         contains("init_otel_tracer", "set_tracer_provider(trace_provider)"): "where our span processor is added",

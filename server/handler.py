@@ -5,7 +5,7 @@ Routes are in endpoints.py, the fields in protocol.py, what is added to a respon
 
 import time
 from asyncio import CancelledError
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from typing import Any, get_type_hints
 
@@ -20,8 +20,11 @@ from server.errors import bad_request, too_many_branches, unsupported_field
 from server.protocol import CHAT_ROUTE, COMPLETIONS_ROUTE, apply_em_inf, resolve_strategy, with_our_fields
 from server.response import OnOutcome, ResponseExtras, with_extras
 from server.stats.metrics import UNKNOWN_METHOD, Metrics
+from server.strategies.branches import CountReasoning
 from server.strategies.registry import STRATEGY_KEY
 from server.strategies.run import StrategyRun
+
+ALL_LOGPROBS = 10**6  # those of a whole vocabulary
 
 VLLMHandler = Callable[[Any, Request], Awaitable[Any]]
 
@@ -85,7 +88,8 @@ def _reserve_strategy(request: Any, raw_request: Request, params: Params | None)
     if strategy is None:
         return None
     chat = _Chat(request, raw_request)
-    return StrategyRun(strategy, state.branch_limit, state.strategy_metrics, chat.next_prompt, chat.chunk_header)
+    needs = (chat.next_prompt, chat.chunk_header, chat.logprobs(), chat.reasoning_counter())
+    return StrategyRun(strategy, state.branch_limit, state.strategy_metrics, *needs)
 
 
 class _Chat:
@@ -107,6 +111,25 @@ class _Chat:
         except VLLMClientError:
             return None
         return rendered[1][0] if isinstance(rendered, tuple) else None
+
+    def logprobs(self) -> int:
+        """Return how many log-probabilities per token the client gets at most; there are two fields for them."""
+        asked = (self.request.top_logprobs if self.request.logprobs else 0, self.request.prompt_logprobs)
+        return ALL_LOGPROBS if -1 in asked else max(count or 0 for count in asked)
+
+    def reasoning_counter(self) -> CountReasoning | None:
+        """Return what counts a reply's reasoning tokens as vLLM does; None if vLLM does not."""
+        serving = self.state.openai_serving_chat
+        if not serving._include_reasoning_tokens_details:
+            return None
+
+        def count(prompt_token_ids: Sequence[int], token_ids: Sequence[int]) -> int:
+            template = serving._effective_chat_template_kwargs(self.request)
+            parser = serving._make_parser(self.request, serving.renderer.tokenizer, template)  # it has a state
+            parser.set_prompt_token_ids(prompt_token_ids)
+            return int(parser.count_reasoning_tokens(token_ids))
+
+        return count
 
     def chunk_header(self) -> dict[str, Any]:
         """Return the fields that all chunks of the stream share. vLLM has made the id by the time there is a stream."""

@@ -6,11 +6,12 @@ from typing import Any, ClassVar
 from pydantic import BaseModel, ConfigDict
 
 from em_sampler.validation import ParamsError
-from server.strategies.branches import Branch, Branches
+from server.strategies.branches import Branch, Branches, EngineRequest
 
 MIN_BRANCHES = 2
 MAX_BRANCHES = 64  # of one request, unless the operator sets --strategy-max-branches
 GREEDY_TEMPERATURE = 1e-5  # vLLM samples greedily below it: _SAMPLING_EPS in vllm/sampling_params.py
+ONE_TOKEN_TOP_P = 1e-6  # the likeliest token of any vocabulary alone has more: 1 / size at least
 
 
 class Strategy(BaseModel, ABC):
@@ -41,8 +42,8 @@ class Strategy(BaseModel, ABC):
         """Return what the response's summary repeats of the request."""
         return {"type": self.type, self.limit_field: self.max_branches}
 
-    def check(self, sampling_params: Any, max_logprobs: int) -> None:
-        """Check that the strategy can work with the engine request; `max_logprobs` is the server's limit, -1 for none.
+    def check(self, engine_request: EngineRequest) -> None:
+        """Check that the strategy can work with the engine request.
 
         Raises:
             ParamsError: if it cannot.
@@ -65,8 +66,15 @@ def require_sampling(sampling_params: Any, strategy: str) -> None:
     """Check that branches can differ.
 
     Raises:
-        ParamsError: if decoding is greedy.
+        ParamsError: if each token can only be the likeliest one.
     """
-    if sampling_params.temperature < GREEDY_TEMPERATURE:
-        problem = f"got {sampling_params.temperature:g}; {strategy} needs a temperature above 0: all branches are alike"
-        raise ParamsError("body.temperature", problem)
+    one_token = {
+        "temperature": (sampling_params.temperature < GREEDY_TEMPERATURE, "a temperature above 0"),
+        "top_k": (sampling_params.top_k == 1, "2 or more, or 0 for all tokens"),
+        "top_p": (sampling_params.top_p <= ONE_TOKEN_TOP_P, f"a value above {ONE_TOKEN_TOP_P:g}"),
+        "min_p": (sampling_params.min_p >= 1, "a value below 1"),
+    }
+    for field, (is_so, needed) in one_token.items():
+        if is_so:
+            problem = f"got {getattr(sampling_params, field):g}; {strategy} needs {needed}: all branches are alike"
+            raise ParamsError(f"body.{field}", problem)

@@ -5,7 +5,8 @@ Knows engine outputs by their attributes alone (vLLM's classes are in server/eng
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
+import math
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from typing import Any, Literal, Protocol
 
 from server.stats.collector import RequestStats, summarize
@@ -15,8 +16,13 @@ logger = logging.getLogger(__name__)
 
 ABORT_RETRY_S = 0.05  # an abort is repeated at this interval: the engine ignores one for a request it does not know yet
 
+# A confidence is summed in whole units of this part of a nat: sums are exact, so that equal groups have equal means.
+CONFIDENCE_UNITS = 2**32
+
 # Takes a reply; returns the prompt that asks for a better one, or None if that is longer than the context.
 NextPrompt = Callable[[str], Awaitable[Any | None]]
+# Takes a prompt's and a reply's token ids; returns how many of the latter are reasoning, by the server's parser.
+CountReasoning = Callable[[Sequence[int], Sequence[int]], int]
 
 
 class EngineRequest(Protocol):
@@ -24,6 +30,7 @@ class EngineRequest(Protocol):
 
     sampling_params: Any
     max_logprobs: int  # the server's limit; -1 for none
+    logprobs_mode: str  # what the server returns as log-probabilities
 
     def branch(
         self, number: int, prompt: Any | None, logprobs: int, every_token: bool
@@ -46,8 +53,8 @@ class EngineRequest(Protocol):
     def failure(self, message: str) -> Exception:
         """Make the exception to raise if the engine failed all branches."""
 
-    def as_own_outputs(self, outputs: list[Any]) -> list[Any]:
-        """Return a branch's outputs in the form that the request's own would have: a stream of deltas, or one."""
+    def collect(self, outputs: list[Any], output: Any) -> None:
+        """Add a branch's next output in the form that the request's own would have: a stream of deltas, or one."""
 
 
 class Branch:
@@ -56,12 +63,14 @@ class Branch:
     def __init__(self, number: int) -> None:
         self.number = number  # 0 for the first; the branch's seed is the request's plus this
         self.state: Literal["running", "completed", "cancelled", "failed"] = "running"
-        self.text = ""
-        self.tokens = 0
-        self.prompt_tokens = 0  # 0 until the prompt is prefilled
+        self.texts: list[str] = []  # one after another
+        self.token_ids: list[int] = []
+        self.prompt_token_ids: Sequence[int] = ()  # none until the prompt is prefilled
         self.cached_tokens = 0  # prompt tokens found in the prefix cache
+        self.created_cache_tokens = 0  # prompt tokens added to it
+        self.reasoning_tokens = 0  # once it has ended
         self.logprob = 0.0  # under the model's own distribution, summed over the tokens
-        self.confidence_sums = [0.0]  # [i]: over the first i tokens, if the strategy needs confidence
+        self.confidence_sums = [0]  # [i]: of the first i tokens that had a choice, if the strategy needs confidence
         self.outputs: list[Any] = []
         self.finish_reason: str | None = None
         self.error: Exception | None = None
@@ -70,14 +79,29 @@ class Branch:
         self.task: asyncio.Task[None]
 
     @property
+    def text(self) -> str:
+        """What the branch has generated so far."""
+        return "".join(self.texts)
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens the branch has generated so far."""
+        return len(self.token_ids)
+
+    @property
+    def prompt_tokens(self) -> int:
+        """The length of the prompt; 0 until it is prefilled."""
+        return len(self.prompt_token_ids)
+
+    @property
     def cut_off(self) -> bool:
         """True if the branch ended at `max_tokens` or at the end of the context."""
         return self.finish_reason == "length"
 
     @property
     def mean_logprob(self) -> float:
-        """The log-probability per token under the model's own distribution; minus infinity without tokens."""
-        return self.logprob / self.tokens if self.tokens else -float("inf")
+        """The log-probability per token under the model's own distribution; minus infinity if it is not known."""
+        return self.logprob / self.tokens if self.tokens and math.isfinite(self.logprob) else -math.inf
 
     async def mean_entropy(self) -> float | None:
         """Wait for the branch's stats and return its mean entropy before the method, in nats; None without stats."""
@@ -90,25 +114,39 @@ class Branch:
     def add(self, output: Any, delta: bool, top_logprobs: int) -> None:
         """Add the next output; `top_logprobs` candidates give a token's confidence, 0 if it is not needed."""
         completion = output.outputs[0]
-        self.text = self.text + completion.text if delta else completion.text
-        self.tokens = self.tokens + len(completion.token_ids) if delta else len(completion.token_ids)
-        self.prompt_tokens = len(output.prompt_token_ids or ()) if self.tokens else 0
+        if not delta:
+            self.texts, self.token_ids = [], []
+        self.texts.append(completion.text)
+        self.token_ids.extend(completion.token_ids)
+        self.prompt_token_ids = output.prompt_token_ids or () if self.token_ids else ()
         self.cached_tokens = output.num_cached_tokens or 0
+        self.created_cache_tokens = output.num_cache_creation_tokens or 0
         self.logprob = completion.cumulative_logprob or 0.0
         self.finish_reason = completion.finish_reason
-        if top_logprobs:
-            for candidates in completion.logprobs or ():
-                self.confidence_sums.append(self.confidence_sums[-1] + confidence(candidates, top_logprobs))
-        self.outputs.append(output)
+        for token in (completion.logprobs or ()) if top_logprobs else ():
+            # A number if the client did not ask for log-probabilities (ConfidenceProcessor).
+            known = token_confidence(token, top_logprobs) if isinstance(token, Mapping) else token
+            if known is not None:
+                self.confidence_sums.append(self.confidence_sums[-1] + round(known * CONFIDENCE_UNITS))
+
+    def give_back_outputs(self) -> None:
+        """Drop the outputs: the branch will not be the reply."""
+        self.outputs = []
 
 
-def confidence(candidates: Any, top: int) -> float:
-    """Return minus the mean log-probability of a token's `top` likeliest candidates: high if one dominates.
+def token_confidence(candidates: Mapping[int, Any], top: int) -> float | None:
+    """Return the `confidence` of a token whose candidates are vLLM's `Logprob` by token id."""
+    return confidence([candidate.logprob for candidate in candidates.values() if candidate.rank <= top])
 
-    `candidates` maps token ids to vLLM's `Logprob`. Source: arXiv 2508.15260, equation 2.
+
+def confidence(logprobs: Sequence[float]) -> float | None:
+    """Return minus the mean log-probability of a token's likeliest candidates: high if one dominates.
+
+    A masked candidate has no finite log-probability and does not count. None if only one is left: the token had no
+    choice, which says nothing about the model. Source: arXiv 2508.15260, equation 2.
     """
-    logprobs: list[float] = [candidate.logprob for candidate in candidates.values() if candidate.rank <= top]
-    return -sum(logprobs) / len(logprobs)
+    finite = [logprob for logprob in logprobs if math.isfinite(logprob)]
+    return -sum(finite) / len(finite) if len(finite) > 1 else None
 
 
 class Branches:
@@ -121,6 +159,7 @@ class Branches:
         next_prompt: NextPrompt,
         top_logprobs: int = 0,
         keep_going: Callable[["Branches", Branch], bool] = lambda branches, branch: True,
+        count_reasoning: CountReasoning | None = None,
     ) -> None:
         """Prepare for a request; `engine_request` must be set before the first start.
 
@@ -130,12 +169,14 @@ class Branches:
             next_prompt: makes refinement's prompts.
             top_logprobs: candidates for a token's confidence; 0 if the strategy does not need it.
             keep_going: called after every output; False cancels the branch.
+            count_reasoning: counts a branch's reasoning tokens; None if the server has no reasoning parser.
         """
         self.strategy = strategy
         self.metrics = metrics
         self.next_prompt = next_prompt
         self.top_logprobs = top_logprobs
         self.keep_going = keep_going
+        self.count_reasoning = count_reasoning
         self.engine_request: EngineRequest
         self.started: list[Branch] = []
         self.summary: dict[str, Any] = {}  # the strategy's part of the response's summary
@@ -178,7 +219,9 @@ class Branches:
     def failure(self) -> Exception:
         """Make the exception to raise if no branch completed."""
         errors = [branch.error for branch in self.started if branch.error]
-        return errors[0] if errors else self.engine_request.failure(f"all {len(self.started)} branches failed")
+        failed = all(branch.state == "failed" for branch in self.started)
+        problem = f"all {len(self.started)} branches failed" if failed else "no branch completed"
+        return errors[0] if errors else self.engine_request.failure(problem)
 
     def estimated_tokens_saved(self) -> float:
         """Return the tokens that the other branches lack to the mean length of the completed ones.
@@ -197,6 +240,10 @@ class Branches:
                 if branch.state == "running" and not output.finished and not self.keep_going(self, branch):
                     branch.state = "cancelled"
                     await self.engine_request.abort(branch.request_id)
+                if branch.state == "running":
+                    self.engine_request.collect(branch.outputs, output)
+            if self.count_reasoning:
+                branch.reasoning_tokens = self.count_reasoning(branch.prompt_token_ids, branch.token_ids)
             if branch.state == "running":
                 branch.state = "failed" if branch.finish_reason in (None, "abort", "error") else "completed"
         except Exception as error:
@@ -207,6 +254,8 @@ class Branches:
             branch.state = "cancelled"
         if branch.state == "failed":
             logger.warning("em_inf: branch %s failed: %r", branch.request_id, branch.error or "aborted")
+        if branch.state != "completed":
+            branch.give_back_outputs()
         self.metrics.observe_end(self.strategy, branch.state)
         self._ended.put_nowait(branch)
         self.changed.set()

@@ -7,6 +7,7 @@ from pydantic import Field
 from answers.extract import Answer, after_thinking
 from server.strategies.base import MIN_BRANCHES, Strategy
 from server.strategies.branches import Branch, Branches
+from server.strategies.extraction import find_answer
 
 
 class Refinement(Strategy):
@@ -41,8 +42,10 @@ class Refinement(Strategy):
             if best and branch.cut_off and not best.cut_off:
                 branches.summary["stopped_by"] = "length"
                 break
+            if best:
+                best.give_back_outputs()
             best = branch
-            answers.append(self.answer.extract(branch.text))
+            answers.append(await find_answer(self.answer, branch.text))
             branches.summary |= {"answer": answers[-1], "answers": list(answers), "no_answer": answers.count(None)}
             left = self.rounds - number - 1
             if not left or (answers[-1] is not None and answers[-1:] == answers[-2:-1]):

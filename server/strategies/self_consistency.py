@@ -1,7 +1,7 @@
 """Self-consistency (arXiv 2203.11171): sample one prompt several times and take the most frequent answer."""
 
 import math
-from typing import Any, ClassVar, Literal, Self
+from typing import ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -9,7 +9,7 @@ from answers.extract import Answer
 from answers.vote import Vote
 from server.strategies.ballot import Ballot
 from server.strategies.base import MIN_BRANCHES, Strategy, require_sampling
-from server.strategies.branches import Branch, Branches
+from server.strategies.branches import Branch, Branches, EngineRequest
 
 UNKNOWN_WEIGHT = 1e-6  # of a branch whose stats are missing
 
@@ -50,13 +50,13 @@ class SelfConsistency(Strategy):
         """`parallel`, but no more than `n`."""
         return min(self.parallel or self.n, self.n)
 
-    def check(self, sampling_params: Any, max_logprobs: int) -> None:
+    def check(self, engine_request: EngineRequest) -> None:
         """Check that samples can differ.
 
         Raises:
-            ParamsError: if decoding is greedy.
+            ParamsError: if they cannot.
         """
-        require_sampling(sampling_params, self.type)
+        require_sampling(engine_request.sampling_params, self.type)
 
     async def run(self, branches: Branches) -> Branch:
         """Sample and vote, with no more samples than the vote needs if `early_stop` is set."""
@@ -66,7 +66,7 @@ class SelfConsistency(Strategy):
         async for branch in branches.as_they_end():
             ended += 1
             if branch.state == "completed":
-                ballot.add(branch, await self._weight(branch))
+                await ballot.add(branch, await self._weight(branch))
             # A branch that completes while others are being cancelled still votes, but the decision to stop stands.
             decided = decided or (self.early_stop and self._is_decided(ballot.vote, self.n - ended))
             if decided:

@@ -415,7 +415,7 @@ def test_more_branches_than_the_limit_get_429(server: Server) -> None:
     assert refused.status_code == 429
     assert int(refused.headers["Retry-After"]) >= 1
     error = refused.json()["error"]
-    assert error["message"] == f"64 branches asked for, {IN_FLIGHT - fit * 64} of {IN_FLIGHT} places are free"
+    assert error["message"] == f"64 places asked for, {IN_FLIGHT - fit * 64} of {IN_FLIGHT} are free"
     assert (error["type"], error["param"], error["code"]) == ("Too Many Requests", "body.strategy", 429)
     assert steps_until_idle(server) < 100
     assert chat(server, majority(2)).strategy["completed"] == 2

@@ -9,10 +9,10 @@ def test_branches_up_to_the_limit_are_reserved_and_one_more_is_not() -> None:
     limit = BranchLimit(5)
     limit.acquire(3)
     limit.acquire(2)
-    with pytest.raises(TooManyBranchesError, match="1 branches asked for, 0 of 5 places are free"):
+    with pytest.raises(TooManyBranchesError, match="1 places asked for, 0 of 5 are free"):
         limit.acquire(1)
     limit.release(2)
-    with pytest.raises(TooManyBranchesError, match="3 branches asked for, 2 of 5 places are free"):
+    with pytest.raises(TooManyBranchesError, match="3 places asked for, 2 of 5 are free"):
         limit.acquire(3)
     assert limit.taken == 3
     limit.acquire(2)

@@ -15,10 +15,10 @@ def body(response: JSONResponse) -> dict[str, object]:
 
 
 def test_too_many_branches_is_429_and_says_when_to_retry() -> None:
-    response = errors.too_many_branches("8 branches asked for, 3 of 5 places are free")
+    response = errors.too_many_branches("8 places asked for, 3 of 5 are free")
     assert (response.status_code, response.headers["retry-after"]) == (429, "1")
     assert "connection" not in response.headers
-    message = "8 branches asked for, 3 of 5 places are free"
+    message = "8 places asked for, 3 of 5 are free"
     error = {"message": message, "type": "Too Many Requests", "param": "body.strategy", "code": 429}
     assert body(response) == {"error": error}
 

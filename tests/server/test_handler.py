@@ -46,6 +46,9 @@ class ChatCompletionRequest(BaseModel, extra="allow"):
     tools: Any = None
     tool_choice: Any = None
     vllm_xargs: dict[str, Any] | None = None
+    logprobs: bool | None = False
+    top_logprobs: int | None = 0
+    prompt_logprobs: int | None = None
 
 
 class Server:
@@ -61,6 +64,7 @@ class Server:
             em_inf_metrics=Metrics("m", self.registry),
             strategy_metrics=StrategyMetrics("m", list(STRATEGIES), self.registry),
             branch_limit=self.limit,
+            openai_serving_chat=SimpleNamespace(_include_reasoning_tokens_details=False),
         )
 
     async def vllm_handler(self, request: ChatCompletionRequest, raw_request: Request) -> Any:
@@ -133,7 +137,7 @@ def test_a_strategy_that_does_not_fit_is_answered_with_429() -> None:
     response = server.send(strategy=VOTE | {"n": 5})
     assert isinstance(response, Response)
     assert response.status_code == 429
-    assert json.loads(bytes(response.body))["error"]["message"] == "5 branches asked for, 4 of 4 places are free"
+    assert json.loads(bytes(response.body))["error"]["message"] == "5 places asked for, 4 of 4 are free"
     assert server.limit.taken == 0
 
 
@@ -180,7 +184,7 @@ def test_refinements_next_prompt_is_the_conversation_with_the_reply_and_the_oper
         return request.messages, ["the prompt"]
 
     server = Server()
-    server.state.openai_serving_chat = SimpleNamespace(render_chat_request=render_chat_request)
+    server.state.openai_serving_chat.render_chat_request = render_chat_request
     messages = [{"role": "user", "content": "7*8"}]
     server.send(messages=messages, strategy={"type": "refinement"}, continue_final_message=True)
     (seen,) = server.reached_vllm
@@ -190,6 +194,53 @@ def test_refinements_next_prompt_is_the_conversation_with_the_reply_and_the_oper
     assert rendered[0].messages == [*messages, *turns]
     assert (rendered[0].add_generation_prompt, rendered[0].continue_final_message) == (True, False)
     assert asyncio.run(seen.run.branches.next_prompt("too long")) is None
+
+
+@pytest.mark.parametrize(
+    ("fields", "places"),
+    [
+        ({}, 2),
+        ({"top_logprobs": 5}, 2),  # not without logprobs
+        ({"logprobs": True}, 2),
+        ({"logprobs": True, "top_logprobs": 5}, 4),
+        ({"prompt_logprobs": 6}, 6),
+        ({"logprobs": True, "top_logprobs": -1}, 7),
+    ],
+)
+def test_log_probabilities_cost_places(fields: dict[str, Any], places: int) -> None:
+    server = Server()
+    server.limit.limit = 7
+    server.send(strategy=VOTE | {"n": 2}, **fields)
+    assert server.reached_vllm[0].branches_taken == places
+    assert server.limit.taken == 0
+
+
+def test_reasoning_tokens_are_counted_by_a_parser_for_each_branch() -> None:
+    class Parser:
+        prompt: list[int] | None = None
+
+        def set_prompt_token_ids(self, prompt: list[int]) -> None:
+            assert self.prompt is None
+            self.prompt = prompt
+
+        def count_reasoning_tokens(self, token_ids: list[int]) -> int:
+            assert self.prompt is not None
+            return token_ids.index(self.prompt[-1])
+
+    server = Server()
+    server.send(strategy=VOTE)
+    serving = server.state.openai_serving_chat
+    serving._include_reasoning_tokens_details = True
+    serving.renderer = SimpleNamespace(tokenizer="tokenizer")
+    serving._effective_chat_template_kwargs = lambda request: {"of": request.model}
+    serving._make_parser = lambda request, tokenizer, template: (
+        Parser() if (request.model, tokenizer, template) == ("m", "tokenizer", {"of": "m"}) else None
+    )
+    server.send(strategy=VOTE)
+    without, with_parser = (seen.run.branches.count_reasoning for seen in server.reached_vllm if seen.run)
+    assert without is None
+    assert with_parser is not None
+    assert [with_parser([1, end], [5, 6, 7, 8]) for end in (8, 6)] == [3, 1]
 
 
 @pytest.mark.parametrize(("route", "ours"), [(CHAT, {"em_inf", "strategy"}), (COMPLETIONS, {"em_inf"})])

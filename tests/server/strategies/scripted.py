@@ -2,7 +2,8 @@
 
 import asyncio
 import dataclasses
-from collections.abc import AsyncIterator, Callable
+import math
+from collections.abc import AsyncIterator, Callable, Sequence
 from types import SimpleNamespace as Namespace
 from typing import Any
 
@@ -23,17 +24,19 @@ class Script:
     tokens: int = 3
     fails: Exception | str | None = None  # at its last token: raised, or the finish reason
     logprob: float = -1.0  # of each token
-    confidence: float = 1.0  # of each token
+    confidence: float | Sequence[float | None] = 1.0  # of each token; None: it has no choice
 
 
 class ScriptedEngine:
     """An `EngineRequest` whose branches follow scripts, and that counts what they generate."""
 
     max_logprobs = 20
+    logprobs_mode = "raw_logprobs"
 
-    def __init__(self, *scripts: Script, temperature: float = 1.0) -> None:
+    def __init__(self, *scripts: Script, **sampling: float) -> None:
         self.scripts = scripts
-        self.sampling_params = Namespace(temperature=temperature, logprob_token_ids=None)
+        samples = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0} | sampling
+        self.sampling_params = Namespace(logprob_token_ids=None, **samples)
         self.aborted: set[str] = set()
         self.generated = 0  # tokens
         self.running: set[str] = set()
@@ -52,8 +55,8 @@ class ScriptedEngine:
     def failure(self, message: str) -> Exception:
         return RuntimeError(message)
 
-    def as_own_outputs(self, outputs: list[Any]) -> list[Any]:
-        return outputs
+    def collect(self, outputs: list[Any], output: Any) -> None:
+        outputs.append(output)
 
     async def _outputs(self, request_id: str, script: Script) -> AsyncIterator[Any]:
         self.running.add(request_id)
@@ -62,36 +65,44 @@ class ScriptedEngine:
             for position in range(script.tokens):
                 await asyncio.sleep(0)
                 if request_id in self.aborted:
-                    yield self._output([], "", position * script.logprob, "abort", script)
+                    yield self._output(position, [], "", "abort", script)
                     return
                 self.generated += 1
                 last = position + 1 == script.tokens
                 if last and isinstance(script.fails, Exception):
                     raise script.fails
                 reason = (script.fails or "stop") if last else None
-                yield self._output([7], script.text if last else "", (position + 1) * script.logprob, reason, script)
+                yield self._output(position, [7], script.text if last else "", reason, script)
         finally:
             self.running.discard(request_id)
 
-    def _output(self, tokens: list[int], text: str, logprob: float, reason: Any, script: Script) -> Any:
-        candidates = {0: Namespace(logprob=-script.confidence, rank=1), 1: Namespace(logprob=-99.0, rank=30)}
+    def _output(self, position: int, tokens: list[int], text: str, reason: Any, script: Script) -> Any:
+        logprob = (position + len(tokens)) * script.logprob
         completion = Namespace(text=text, token_ids=tokens, cumulative_logprob=logprob, finish_reason=reason)
-        completion.logprobs = [candidates for _ in tokens]
+        completion.logprobs = [self._candidates(script.confidence, position) for _ in tokens]
         finished = reason is not None
-        return Namespace(outputs=[completion], finished=finished, prompt_token_ids=[1, 2], num_cached_tokens=1)
+        prompt = Namespace(prompt_token_ids=[1, 2], num_cached_tokens=1, num_cache_creation_tokens=4)
+        return Namespace(outputs=[completion], finished=finished, **vars(prompt))
+
+    def _candidates(self, confidence: float | Sequence[float | None], position: int) -> dict[int, Any]:
+        """Return two candidates of the top with this mean, one of them masked if it is None, and one below the top."""
+        own = confidence[position] if isinstance(confidence, Sequence) else confidence
+        top = (0.0, -math.inf) if own is None else (-own, -own)
+        ranks = zip((*top, -99.0), (1, 2, 30), strict=True)
+        return {token: Namespace(logprob=logprob, rank=rank) for token, (logprob, rank) in enumerate(ranks)}
 
 
 class ScriptedRun:
     """A strategy over a scripted engine, and what the server sees of it."""
 
-    def __init__(self, settings: dict[str, Any], engine: ScriptedEngine, limit: int = 100) -> None:
+    def __init__(self, settings: dict[str, Any], engine: ScriptedEngine, limit: int = 100, **options: Any) -> None:
         self.engine = engine
         self.registry = CollectorRegistry()
         self.limit = BranchLimit(limit)
         strategy = parse_strategy(settings)
         assert strategy
         metrics = StrategyMetrics("m", list(STRATEGIES), self.registry)
-        self.run = StrategyRun(strategy, self.limit, metrics, self.next_prompt, dict)
+        self.run = StrategyRun(strategy, self.limit, metrics, self.next_prompt, dict, **options)
         self.outputs: list[Any] = []
 
     async def next_prompt(self, reply: str) -> Any | None:

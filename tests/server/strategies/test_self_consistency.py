@@ -37,7 +37,7 @@ def test_early_stop_cancels_what_cannot_change_the_outcome_and_counts_its_tokens
     assert stopped.text == complete.text
     assert stopped.states() == ["completed"] * 3 + ["cancelled"] * 2
     assert stopped.engine.aborted == {"3", "4"}
-    assert sum(stopped.summary["completion_tokens"]) == stopped.engine.generated < 30
+    assert sum(stopped.summary["completion_tokens"]) == stopped.engine.generated < 60
     assert complete.engine.generated == 1013
     assert stopped.metric("branches_cancelled_total") == 2
     assert stopped.metric("tokens_saved_total") == 0  # the completed ones are shorter than the cancelled ones were
