@@ -48,6 +48,19 @@ def complete(server: Server, *bodies: dict[str, Any], one_by_one: bool = False) 
     return asyncio.run(send_all())
 
 
+def check_deepconf(text: str, stream: bool) -> dict[str, Any]:
+    """Check that a vote was held, or was not possible, and that there is no NaN anywhere; return its outcome."""
+    parts = [part.removeprefix("data: ") for part in text.strip().split("\n\n")] if stream else [text]
+    objects = [json.loads(part, parse_constant=pytest.fail) for part in parts if part != "[DONE]"]
+    outcome: dict[str, Any] = objects[-1]["strategy"]
+    choices = [choice for each in objects for choice in each["choices"]]
+    assert "".join((choice["delta"] if stream else choice["message"]).get("content") or "" for choice in choices)
+    assert outcome["failed"] == 0
+    assert outcome["completed"] >= 2
+    assert outcome["votes"] or outcome["threshold"] is None
+    return outcome
+
+
 def tokens(response: dict[str, Any], choice: int = 0) -> list[int]:
     ids: list[int] = response["choices"][choice]["token_ids"]
     return ids

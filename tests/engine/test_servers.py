@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from tests.engine.drain import DRAIN, check_drain
 from tests.engine.launch import ENGINE_FLAGS, Server, environment, serve, started
 from tests.engine.prometheus import check_counters, needs_prometheus
 from tests.engine.spans import SpanServer
-from tests.engine.support import ALL_LOGPROBS, CAPPED, EM, UNSURE, check_stats
+from tests.engine.support import ALL_LOGPROBS, CAPPED, CHAT, EM, UNSURE, check_deepconf, check_stats
 from tests.engine.support import complete as complete_all
 
 pytestmark = pytest.mark.engine
@@ -100,7 +101,11 @@ def servers(
     no_compiler = without_compiler(tmp_path_factory.mktemp("machine"))
     starts = {
         "tensor parallel": serve("--tensor-parallel-size", "2", executor="mp", VLLM_CPU_OMP_THREADS_BIND="0|1"),
-        "traced, no compiler": serve("--otlp-traces-endpoint", spans.endpoint, **spans_at_once, **no_compiler),
+        "traced, no compiler": serve(
+            *("--otlp-traces-endpoint", spans.endpoint, "--logprobs-mode", "processed_logprobs"),
+            **spans_at_once,
+            **no_compiler,
+        ),
         "pooling": serve("--runner", "pooling"),
         "speculative v1": serve(*NGRAM, runner="v1"),
         "speculative v2": serve(*NGRAM, "--max-logprobs", "-1", runner="v2"),
@@ -165,6 +170,37 @@ def test_the_span_of_a_request_carries_its_summary(server: Server, spans: SpanSe
         assert span["em_inf.optimized_tokens"] > 0
     assert "em_inf" not in responses["no-stats"]
     assert [any(name.startswith("em_inf") for name in span) for span in spans.spans_of("cmpl-plain")] == [False] * 2
+
+
+@on("traced, no compiler")
+def test_requests_with_equal_ids_have_their_own_spans(server: Server, spans: SpanServer) -> None:
+    lengths = range(20, 60, 5)
+
+    async def ask_all() -> None:
+        async with server.async_http() as client:
+            body = {"model": "demo", "prompt": UNSURE, "ignore_eos": True, "temperature": 1.5, "em_inf": EM}
+            ask = partial(client.post, "/v1/completions", headers={"X-Request-Id": "same"})
+            for response in await asyncio.gather(*(ask(json=body | {"max_tokens": length}) for length in lengths)):
+                assert response.status_code == 200, response.text
+
+    asyncio.run(ask_all())
+    server.until(lambda: len(spans.spans_of("cmpl-same")) == len(lengths))
+    found = spans.spans_of("cmpl-same")
+    assert sorted(span["gen_ai.usage.completion_tokens"] for span in found) == list(lengths)
+    assert all(span["em_inf.tokens"] == span["gen_ai.usage.completion_tokens"] for span in found)
+
+
+@on("traced, no compiler")
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    "mask", [{"top_k": 2}, {"top_k": 3}, {"top_p": 0.5}, {"min_p": 0.1}, {"structured_outputs": {"regex": "[0-9]{4}"}}]
+)
+def test_deepconf_goes_with_processed_log_probabilities(server: Server, mask: dict[str, Any], stream: bool) -> None:
+    strategy = {"type": "deepconf", "n": 4, "warmup": 2, "window": 2, "consensus": 1.0, "answer": {"type": "text"}}
+    body = {"model": "demo", "messages": CHAT, "temperature": 2, "seed": 3, "max_tokens": 8, "stream": stream}
+    response = server.http.post("/v1/chat/completions", json=body | {"strategy": strategy} | mask)
+    assert response.status_code == 200, response.text
+    check_deepconf(response.text, stream)
 
 
 @on("pooling")

@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -21,7 +22,7 @@ from scipy.stats import binomtest
 from answers.extract import Answer
 from demo.problems import problems
 from tests.engine.launch import API_KEY, HANG_LIMIT_S, Server, serve
-from tests.engine.support import CHAT, EM, run_client_example
+from tests.engine.support import CHAT, EM, check_deepconf, run_client_example
 
 pytestmark = pytest.mark.engine
 
@@ -34,7 +35,10 @@ LONG = {"max_tokens": 200, "ignore_eos": True}
 def server() -> Iterator[Server]:
     """Run a server without chunked prefill: many seeded prompts may enter at once (docs/findings/upstream.md)."""
     flags = ("--no-enable-chunked-prefill", "--max-num-seqs", "128", "--strategy-max-in-flight", str(IN_FLIGHT))
-    with serve(*flags, "--enable-scale-out") as started:  # the last flag adds a route that aborts engine requests
+    aborts = ("--enable-scale-out", "--enable-log-requests")  # a route that aborts engine requests; ids in the log
+    plugin = str(Path(__file__).with_name("counting_parser.py"))
+    parser = ("--reasoning-parser-plugin", plugin, "--reasoning-parser", "every_other")
+    with serve(*flags, *aborts, *parser) as started:
         yield started
 
 
@@ -164,6 +168,66 @@ def test_usage_is_what_the_engine_counted(server: Server) -> None:
     assert server.metric("em_inf_strategy_tokens_saved_total") > 0
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_usage_has_the_reasoning_of_all_branches(server: Server, stream: bool) -> None:
+    """The server's parser counts half of a reply's tokens, rounded up."""
+    options: dict[str, Any] = {"stream": True, "stream_options": {"include_usage": True}} if stream else {}
+    response: Any = chat(server, majority(4), **options)
+    usage = next(chunk.usage for chunk in response if chunk.usage) if stream else response.usage
+    singles = samples(server, 4)
+    counted = [single.usage.completion_tokens_details.reasoning_tokens for single in singles]
+    assert counted == [(single.usage.completion_tokens + 1) // 2 for single in singles]
+    assert usage.completion_tokens_details.reasoning_tokens == sum(counted)
+
+
+def test_requests_with_equal_ids_do_not_touch_each_other(server: Server) -> None:
+    """Early stops abort branches, and a plain request has the id that a branch would have by counting."""
+    early_stop = {"strategy": majority(8, early_stop=True, confidence=0.7), "temperature": 1} | LONG
+    votes = [("dup", {"seed": 100 * i} | early_stop) for i in range(4)]
+    plain = [(f"dup-{i}", {"seed": 7 + i, "temperature": 1} | LONG) for i in range(8)]
+
+    async def ask(client: httpx.AsyncClient, identity: str, fields: dict[str, Any]) -> Any:
+        body = {"model": "demo", "messages": CHAT} | fields
+        response = await client.post("/v1/chat/completions", json=body, headers={"X-Request-Id": identity})
+        assert response.status_code == 200, response.text
+        return response.json()
+
+    async def ask_all() -> list[Any]:
+        async with server.async_http() as client:
+            return await asyncio.gather(*(ask(client, *request) for request in votes + plain))
+
+    async def ask_alone() -> list[Any]:
+        async with server.async_http() as client:
+            return [await ask(client, f"alone-{i}", fields) for i, (_, fields) in enumerate(plain)]
+
+    together, alone = asyncio.run(ask_all()), asyncio.run(ask_alone())
+    for outcome in (response["strategy"] for response in together[:4]):
+        assert outcome["failed"] == 0
+        assert outcome["completed"] + outcome["cancelled"] == 8
+    assert sum(response["strategy"]["cancelled"] for response in together[:4]) > 0
+    for one, other in zip(together[4:], alone, strict=True):
+        assert one["choices"][0] == other["choices"][0]
+        assert one["choices"][0]["finish_reason"] == "length"
+
+
+MASKS: dict[str, dict[str, Any]] = {
+    "a grammar with a choice": {"structured_outputs": {"regex": "[1-9][0-9]{3}"}},
+    "a grammar without": {"structured_outputs": {"choice": ["12"]}},
+    "allowed tokens": {"allowed_token_ids": [5, 6, 7]},
+}
+
+
+@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS.keys())
+@pytest.mark.parametrize("stream", [False, True])
+def test_deepconf_goes_with_masks(engine: Server, mask: dict[str, Any], stream: bool) -> None:
+    strategy = {"type": "deepconf", "n": 4, "warmup": 2, "window": 2, "consensus": 1.0, "answer": {"type": "text"}}
+    body = {"model": "demo", "messages": CHAT, "temperature": 2, "seed": 3, "max_tokens": 4, "stream": stream}
+    response = engine.http.post("/v1/chat/completions", json=body | {"strategy": strategy} | mask)
+    assert response.status_code == 200, response.text
+    outcome = check_deepconf(response.text, stream)
+    assert (outcome["threshold"] is None) == ("choice" in mask.get("structured_outputs", ()))
+
+
 def solve_problems(server: Server, strategy: Any) -> list[Any]:
     """Ask held-out problems with `strategy` at temperature 1, sixteen at a time; return the responses."""
     held_out = problems("held_out", PROBLEMS, seed=17)
@@ -280,6 +344,11 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
     "confidence alone": ({"strategy": majority(confidence=0.9)}, "body.strategy", "early_stop"),
     "entropy unknown": ({"strategy": majority(weights="entropy")}, "body.strategy.weights", "stats"),
     "greedy": ({"strategy": STRATEGY, "temperature": 0}, "body.temperature", "above 0"),
+    "top_k of 1": ({"strategy": STRATEGY, "top_k": 1}, "body.top_k", "got 1; self_consistency needs 2 or more"),
+    "top_p of nearly 0": ({"strategy": STRATEGY, "top_p": 1e-9}, "body.top_p", "a value above 1e-06"),
+    "min_p of 1": ({"strategy": {"type": "deepconf"}, "min_p": 1}, "body.min_p", "a value below 1"),
+    "large xargs": ({"strategy": STRATEGY, "vllm_xargs": {"a": "x" * 10**6}}, "body.vllm_xargs", "at most 65536 with"),
+    "large lists": ({"strategy": STRATEGY, "stop": ["x" * 40_000] * 2}, "body.stop", "at most 65536 with a strategy"),
     "choices": ({"strategy": STRATEGY, "n": 3}, "body.n", "got 3"),
     "beams": ({"strategy": STRATEGY, "use_beam_search": True}, "body.use_beam_search", "self_consistency"),
     "tools": (
@@ -432,6 +501,13 @@ def halted_engine(server: Server) -> Iterator[None]:
         engine.resume()
 
 
+def branch_ids(server: Server, identity: str) -> list[str]:
+    """Return the ids of the branches that vLLM knows, without the digits that vLLM adds, in order."""
+    pattern = rf"Added request (chatcmpl-{identity}-(\d+)-[0-9a-f]{{32}})-[0-9a-f]{{8}}\."
+    found = {int(number): name for name, number in re.findall(pattern, server.log.read_text(errors="replace"))}
+    return [found[number] for number in sorted(found)]
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_branches_that_the_engine_aborts_leave_the_vote_to_the_others(server: Server, stream: bool) -> None:
     """A route of vLLM aborts them here, in place of whatever else may end an engine request."""
@@ -440,7 +516,6 @@ def test_branches_that_the_engine_aborts_leave_the_vote_to_the_others(server: Se
     async def vote(lost: int) -> httpx.Response:
         identity = f"lost-{lost}-{stream}"
         body = {"model": "demo", "messages": CHAT, "strategy": majority(n), "stream": stream, "temperature": 1} | LONG
-        ids = [f"chatcmpl-{identity}-{number}" for number in range(lost)]
         failed = server.metric(FAILED)
         async with server.async_http() as client:
             request = client.post("/v1/chat/completions", json=body, headers={"X-Request-Id": identity})
@@ -448,6 +523,7 @@ def test_branches_that_the_engine_aborts_leave_the_vote_to_the_others(server: Se
                 pending = asyncio.ensure_future(request)
                 async with asyncio.timeout(HANG_LIMIT_S):
                     while server.metric(FAILED) < failed + lost:  # an abort has no effect before vLLM knows the branch
+                        ids = branch_ids(server, identity)[:lost]
                         aborted = await client.post("/inference/v1/abort_requests", json={"request_ids": ids})
                         assert aborted.status_code == 200, aborted.text
                         await asyncio.sleep(0.05)
