@@ -245,6 +245,11 @@ SURFACE: dict[tuple[str, str], dict[Expectation, str]] = {
     (ERRORS, "vllm/exceptions.py"): {
         signature("VLLMValidationError.__init__(self, message, *, parameter=None, value=None)"): "HTTP 400",
     },
+    (HANDLER, ROUTES): {
+        has(
+            f"{CHAT}.request", "logprobs", "top_logprobs", "logprob_token_ids", "prompt_logprobs"
+        ): "log-probabilities that the client asks for",
+    },
     (HANDLER, "vllm/exceptions.py"): {
         contains("VLLMClientError", "VLLMError"): "the errors that count as rejected requests",
         contains("VLLMValidationError", "VLLMClientError"): "a refused setting is such an error",

@@ -120,7 +120,8 @@ class EngineBranches(EngineRequest):
         self.request_id = request_id
         self.max_logprobs: int = client.model_config.max_logprobs
         self.logprobs_mode: str = client.model_config.logprobs_mode
-        self.returns_logprobs = sampling_params.logprobs is not None or sampling_params.prompt_logprobs is not None
+        asked = (sampling_params.num_logprobs, sampling_params.prompt_logprobs)
+        self.returns_logprobs = asked != (None, None)
 
     def branch(
         self, number: int, prompt: Any | None, logprobs: int, every_token: bool
@@ -132,7 +133,7 @@ class EngineBranches(EngineRequest):
         params = copy(self.sampling_params)
         if params.seed is not None:
             params.seed = (params.seed + number + 2**63) % 2**64 - 2**63  # within int64, as vLLM requires
-        if params.logprobs != -1:  # -1: of the complete vocabulary
+        if params.logprobs != -1 and not params.logprob_token_ids:  # -1: of the complete vocabulary
             params.logprobs = max(params.logprobs or 0, logprobs)  # 0: of the sampled token
         params.flat_logprobs = not self.returns_logprobs  # see ConfidenceProcessor
         if every_token:

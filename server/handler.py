@@ -113,9 +113,11 @@ class _Chat:
         return rendered[1][0] if isinstance(rendered, tuple) else None
 
     def logprobs(self) -> int:
-        """Return how many log-probabilities per token the client gets at most; there are two fields for them."""
-        asked = (self.request.top_logprobs if self.request.logprobs else 0, self.request.prompt_logprobs)
-        return ALL_LOGPROBS if -1 in asked else max(count or 0 for count in asked)
+        """Return how many log-probabilities per token the client gets at most."""
+        request = self.request
+        asked = (request.top_logprobs, len(request.logprob_token_ids or ())) if request.logprobs else ()
+        counts = [count or 0 for count in (*asked, request.prompt_logprobs)]
+        return ALL_LOGPROBS if -1 in counts else max(counts)
 
     def reasoning_counter(self) -> CountReasoning | None:
         """Return what counts a reply's reasoning tokens as vLLM does; None if vLLM does not."""

@@ -152,15 +152,22 @@ def test_no_client_can_choose_or_know_a_branchs_id() -> None:
 
 @pytest.mark.parametrize(
     ("asked", "is_flat"),
-    [({}, True), ({"logprobs": 0}, False), ({"logprobs": 2}, False), ({"prompt_logprobs": 1}, False)],
+    [
+        ({}, True),
+        ({"logprobs": 0}, False),
+        ({"logprobs": 2}, False),
+        ({"prompt_logprobs": 1}, False),
+        ({"logprob_token_ids": [5, 6]}, False),
+    ],
 )
-def test_only_log_probabilities_that_the_client_asked_for_are_kept(asked: dict[str, int], is_flat: bool) -> None:
+def test_only_log_probabilities_that_the_client_asked_for_are_kept(asked: dict[str, Any], is_flat: bool) -> None:
     engine = Engine()
     request = EngineBranches(engine, engine.generate, "prompt", SamplingParams(**asked), "id")
     token = request_stats_var.set(None)
     request.branch(0, None, 5, True)
     request_stats_var.reset(token)
-    assert engine.requests[0][2].flat_logprobs is is_flat
+    sent = engine.requests[0][2]
+    assert (sent.flat_logprobs, sent.num_logprobs) == (is_flat, 2 if "logprob_token_ids" in asked else 5)
     outputs: list[Any] = []
     request.collect(outputs, step("a", [{1: "logprob"}]))
     assert outputs[0].outputs[0].logprobs == (None if is_flat else [{1: "logprob"}])

@@ -49,6 +49,7 @@ class ChatCompletionRequest(BaseModel, extra="allow"):
     logprobs: bool | None = False
     top_logprobs: int | None = 0
     prompt_logprobs: int | None = None
+    logprob_token_ids: list[int] | None = None
 
 
 class Server:
@@ -204,6 +205,7 @@ def test_refinements_next_prompt_is_the_conversation_with_the_reply_and_the_oper
         ({"logprobs": True}, 2),
         ({"logprobs": True, "top_logprobs": 5}, 4),
         ({"prompt_logprobs": 6}, 6),
+        ({"logprobs": True, "logprob_token_ids": [5, 6, 7]}, 4),
         ({"logprobs": True, "top_logprobs": -1}, 7),
     ],
 )
