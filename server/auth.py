@@ -39,6 +39,7 @@ class Keys:
 
     @property
     def required(self) -> bool:
+        """Return whether requests need a key at all."""
         return self.file is not None or bool(self.digests)
 
     def accept(self, authorization: bytes) -> bool:

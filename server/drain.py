@@ -1,7 +1,7 @@
 """Graceful shutdown: after SIGTERM, running requests are answered to their last byte and new ones are refused.
 
-What has not ended in time is cut off with an error that says so. vLLM's own drain keeps accepting HTTP requests, which its engine then aborts, and cuts off requests that have no engine
-request at that moment: a strategy between two branches, a response that waits for its stats.
+What has not ended in time is cut off with an error that says so. vLLM's own drain keeps accepting HTTP requests, which
+its engine then aborts, and lets requests hang that have no engine request at that moment or are left at the end.
 """
 
 import asyncio

@@ -15,7 +15,7 @@ logger = logging.getLogger("vllm.em_inf")
 
 GIB = 2**30
 SEVERAL_SHUTDOWN_S = 5  # seconds; above server/drain.py's LAST_WORD_S, with time for the engine client
-SHARED_MEMORY = "/dev/shm"  # noqa: S108  # where vLLM's processes exchange messages
+SHARED_MEMORY = "/dev/shm"  # where vLLM's processes exchange messages
 SHARED_MEMORY_PER_ENGINE = 160 * 2**20  # bytes; measured: docs/findings/upstream.md
 
 

@@ -59,7 +59,13 @@ def ask(app: Any, method: str, path: str, headers: Any = None) -> int:
     "path",
     [
         *("/v1/chat/completions", "/invocations", "//v1/chat/completions", "/%76%31/chat/completions", "/nowhere", "/"),
-        *("/v1/chat/completions/", "/mounted/health", "/metrics/", "/health/../invocations", "/health%2f..%2finvocations"),
+        *(
+            "/v1/chat/completions/",
+            "/mounted/health",
+            "/metrics/",
+            "/health/../invocations",
+            "/health%2f..%2finvocations",
+        ),
         *("/healthy", "/metrics/v1", "/llm/invocations", "/health;/invocations", "/v1/health"),
     ],
 )
