@@ -1,21 +1,21 @@
 """Where a reply has its answer, and when two answers are equal.
 
-Never evaluates what a model or a client wrote: no computer algebra (its time is unbounded on hostile input), and RE2
-instead of `re` for a client's pattern (its time is linear in the text).
+Never evaluates what a model or a client wrote: computer algebra has no bound in time. What it does costs a bounded
+number of steps: an answer is searched for in the end of a reply, and a client's pattern has limits (patterns.py).
 """
 
 import re
-from collections import deque
 from fractions import Fraction
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
-import re2
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from answers.patterns import compile_pattern, last_match
+
 MAX_PATTERN_CHARS = 1000
+MAX_SEARCHED_CHARS = 20_000  # at the end of a reply
 MAX_DIGITS = 100  # characters of a number that is compared by value; a longer one is compared as text
 MAX_DECIMALS = 6  # a value with more decimals is written as a fraction, such as 1/3
-PATTERN_MEMORY_BYTES = 1 << 20  # RE2's limit for one pattern
 
 _NUMBER = re.compile(r"([-+]?)(\d{1,3}(?:,\d{3})+|\d*)(?:\.(\d*))?(?:[eE]([-+]?\d{1,2}))?")
 _FRACTION = re.compile(r"([-+]?)(?:\\frac\{([^{}]*)\}\{([^{}]*)\}|\\frac(\d)(\d)|([^/{}]+)/([^/{}]+))")
@@ -47,11 +47,7 @@ class Answer(BaseModel):
         if self.pattern is not None and self.type != "regex":
             raise ValueError(f"`pattern` is for type regex; got type {self.type}")
         if self.pattern is not None:
-            try:
-                _compile(self.pattern)
-            except re2.error as error:
-                text = error.args[0].decode() if isinstance(error.args[0], bytes) else error.args[0]
-                raise ValueError(f"`pattern` is not in RE2's syntax: {text}") from None
+            compile_pattern(self.pattern)
         return self
 
     def extract(self, reply: str) -> str | None:
@@ -62,26 +58,17 @@ class Answer(BaseModel):
         return _number_value(found) or (found.strip() if self.type == "text" else _without_decoration(found)) or None
 
     def _find(self, reply: str) -> str | None:
-        if self.type == "boxed":
-            return _last_box(reply)
         if self.type == "text":
             return reply
-        pattern = _NUMBER_IN_TEXT if self.pattern is None else _compile(self.pattern)
-        last = deque(pattern.finditer(reply), maxlen=1)
-        found: str | None = last[0].group(1 if pattern.groups else 0) if last else None
-        return found
+        if self.pattern is not None:
+            return last_match(compile_pattern(self.pattern), reply)
+        end = reply[-MAX_SEARCHED_CHARS:]
+        return _last_box(end) if self.type == "boxed" else next(iter(_NUMBER_IN_TEXT.findall(end)[::-1]), None)
 
 
 def after_thinking(reply: str) -> str:
     """Return the part of a reply that follows the model's thinking: after the last `</think>`, stripped."""
     return reply.rpartition("</think>")[2].strip()
-
-
-def _compile(pattern: str) -> Any:
-    options = re2.Options()
-    options.max_mem = PATTERN_MEMORY_BYTES
-    options.log_errors = False
-    return re2.compile(pattern, options)
 
 
 def _last_box(reply: str) -> str | None:
