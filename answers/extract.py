@@ -52,11 +52,13 @@ class Answer(BaseModel):
     def extract(self, reply: str) -> str | None:
         """Return the reply's answer in normal form, or None if it has none. Equal answers give equal strings."""
         found = self._find(after_thinking(reply))
-        if found is None or not found.strip():
-            return None
+        return None if found is None else self.normal_form(found)
+
+    def normal_form(self, value: str) -> str | None:
+        """Return the normal form of an answer that stands alone; None if it is blank."""
         if self.type == "text":
-            return (read_number(_plain(found)) if len(found) <= MAX_SEARCHED_CHARS else None) or found.strip()
-        return _normal_form(found) or None
+            return (read_number(_plain(value)) if len(value) <= MAX_SEARCHED_CHARS else None) or value.strip() or None
+        return _normal_form(value) or None
 
     def _find(self, reply: str) -> str | None:
         if self.type == "text":
@@ -99,8 +101,8 @@ def _normal_form(found: str) -> str:
     number = read_number(text)
     if number is not None:
         return number
-    text = re.sub(r"\s*([^\w\s.])\s*", r"\1", text).rstrip(".").strip()
-    text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", ", ", text)  # not thousands: those would be a number
+    joined = re.sub(r"\s*([^\w\s])\s*", r"\1", text).rstrip(".").strip()
+    text = joined if read_number(joined) is None else text  # `1, 234` is no number
     choice = _CHOICE.fullmatch(text)
     return choice[1] if choice else text.lower() if text in _TRUTHS else text
 
