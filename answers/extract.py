@@ -1,29 +1,28 @@
 """Where a reply has its answer, and when two answers are equal.
 
-Never evaluates what a model or a client wrote: no computer algebra (its time is unbounded on hostile input), and RE2
-instead of `re` for a client's pattern (its time is linear in the text).
+Never evaluates what a model or a client wrote: computer algebra has no bound in time. What it does costs a bounded
+number of steps: an answer is searched for in the end of a reply, and a client's pattern has limits (patterns.py).
 """
 
 import re
-from collections import deque
-from fractions import Fraction
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
-import re2
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-MAX_PATTERN_CHARS = 1000
-MAX_DIGITS = 100  # characters of a number that is compared by value; a longer one is compared as text
-MAX_DECIMALS = 6  # a value with more decimals is written as a fraction, such as 1/3
-PATTERN_MEMORY_BYTES = 1 << 20  # RE2's limit for one pattern
+from answers.numbers import find_numbers, read_number, to_ascii
+from answers.patterns import compile_pattern, last_match
 
-_NUMBER = re.compile(r"([-+]?)(\d{1,3}(?:,\d{3})+|\d*)(?:\.(\d*))?(?:[eE]([-+]?\d{1,2}))?")
-_FRACTION = re.compile(r"([-+]?)(?:\\frac\{([^{}]*)\}\{([^{}]*)\}|\\frac(\d)(\d)|([^/{}]+)/([^/{}]+))")
-# A sign belongs to the number unless it is a subtraction: at the start, after a space, an open bracket or another sign.
-_NUMBER_IN_TEXT = re.compile(r"(?:(?<![\w)\]}.%])[-+])?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?(?:/\d+(?!\.?\d))?")
-_BRACE = re.compile(r"\\boxed\{|[{}]")
-_DECORATION = re.compile(r"\\(?:left|right|displaystyle|[,;:! ])|\$|~")
-_TEXT_COMMAND = re.compile(r"\\(?:text|mathrm|mathbf|textbf)\{([^{}]*)\}")
+MAX_PATTERN_CHARS = 1000
+MAX_SEARCHED_CHARS = 20_000  # at the end of a reply
+MAX_NESTED_COMMANDS = 3  # such as \text{\textbf{A}}
+
+_BRACE = re.compile(
+    r"(?P<box>\\(?:boxed|fbox)\s*\{)|\\boxed\s*(?P<bare>[-\u2212]?\.?\d[\d.,/]*%?|[A-Z]\b)|\\[\\{}]|[{}]"
+)
+_DECORATION = re.compile(r"\\(?:left|right|displaystyle|[,;:! ])(?![A-Za-z])|\\?\$|~")
+_TEXT_COMMAND = re.compile(r"\\(?:text|mathrm|mathbf|textbf|textit|mathit|textrm|mathsf|texttt|emph|mbox)\{([^{}]*)\}")
+_CHOICE = re.compile(r"\(?([A-Z])\)")
+_TRUTHS = frozenset(("Yes", "YES", "No", "NO", "True", "TRUE", "False", "FALSE"))
 
 
 class Answer(BaseModel):
@@ -47,29 +46,27 @@ class Answer(BaseModel):
         if self.pattern is not None and self.type != "regex":
             raise ValueError(f"`pattern` is for type regex; got type {self.type}")
         if self.pattern is not None:
-            try:
-                _compile(self.pattern)
-            except re2.error as error:
-                text = error.args[0].decode() if isinstance(error.args[0], bytes) else error.args[0]
-                raise ValueError(f"`pattern` is not in RE2's syntax: {text}") from None
+            compile_pattern(self.pattern)
         return self
 
     def extract(self, reply: str) -> str | None:
         """Return the reply's answer in normal form, or None if it has none. Equal answers give equal strings."""
         found = self._find(after_thinking(reply))
-        if found is None or not found.strip():
-            return None
-        return _number_value(found) or (found.strip() if self.type == "text" else _without_decoration(found)) or None
+        return None if found is None else self.normal_form(found)
+
+    def normal_form(self, value: str) -> str | None:
+        """Return the normal form of an answer that stands alone; None if it is blank."""
+        if self.type == "text":
+            return (read_number(_plain(value)) if len(value) <= MAX_SEARCHED_CHARS else None) or value.strip() or None
+        return _normal_form(value) or None
 
     def _find(self, reply: str) -> str | None:
-        if self.type == "boxed":
-            return _last_box(reply)
         if self.type == "text":
             return reply
-        pattern = _NUMBER_IN_TEXT if self.pattern is None else _compile(self.pattern)
-        last = deque(pattern.finditer(reply), maxlen=1)
-        found: str | None = last[0].group(1 if pattern.groups else 0) if last else None
-        return found
+        if self.pattern is not None:
+            return last_match(compile_pattern(self.pattern), reply)
+        end = reply[-MAX_SEARCHED_CHARS:]
+        return _last_box(end) if self.type == "boxed" else _last_number(end)
 
 
 def after_thinking(reply: str) -> str:
@@ -77,59 +74,43 @@ def after_thinking(reply: str) -> str:
     return reply.rpartition("</think>")[2].strip()
 
 
-def _compile(pattern: str) -> Any:
-    options = re2.Options()
-    options.max_mem = PATTERN_MEMORY_BYTES
-    options.log_errors = False
-    return re2.compile(pattern, options)
-
-
 def _last_box(reply: str) -> str | None:
-    r"""Return the content of the last complete `\boxed{...}` with balanced braces. Takes linear time."""
+    r"""Return the content of the last complete box that is not blank: `\boxed{42}` or `\boxed 42`. In linear time."""
     opened: list[int | None] = []  # where a box's content begins; None for other braces
     begin, end = -1, -1
     for brace in _BRACE.finditer(reply):
-        if brace[0] != "}":
-            opened.append(brace.end() if len(brace[0]) > 1 else None)
-        elif opened and (start := opened.pop()) is not None and start > begin:
-            begin, end = start, brace.start()
+        if brace["bare"]:
+            begin, end = brace.span("bare")
+        elif brace["box"] or brace[0] == "{":
+            opened.append(brace.end() if brace["box"] else None)
+        elif brace[0] == "}" and opened and (start := opened.pop()) is not None and start > begin:
+            blank = reply[start : brace.start()].isspace() or start == brace.start()
+            begin, end = (begin, end) if blank else (start, brace.start())
     return reply[begin:end] if begin >= 0 else None
 
 
-def _without_decoration(text: str) -> str:
-    """Remove what changes a formula's appearance but not its meaning."""
-    text = _TEXT_COMMAND.sub(r"\1", _DECORATION.sub("", text))
-    text = re.sub(r"\\[dt]frac", r"\\frac", text)
-    text = re.sub(r"\s*([^\w\s])\s*", r"\1", re.sub(r"\s+", " ", text))
-    return text.strip().rstrip(".")
+def _last_number(reply: str) -> str | None:
+    """Return the last number; the fraction alone of what is no mixed number, such as `2 5/3`."""
+    last = find_numbers(reply)[-1:]
+    return next((part for text in last for part in (text, text.rpartition(" ")[2]) if read_number(_plain(part))), None)
 
 
-def _number_value(text: str) -> str | None:
-    r"""Return a number's exact value, None for other text: `0.50`, `1/2` and `\frac{1}{2}` all give `0.5`."""
-    if len(text) > 4 * MAX_DIGITS:
-        return None
-    text = _without_decoration(text).replace(" ", "")
-    fraction = _FRACTION.fullmatch(text)
-    parts = [part for part in fraction.groups()[1:] if part is not None] if fraction else [text, "1"]
-    numerator, denominator = (_parse_number(part) for part in parts)
-    if numerator is None or not denominator:
-        return None
-    value = numerator / denominator
-    return _format(-value if fraction and fraction[1] == "-" else value)
+def _normal_form(found: str) -> str:
+    """Return a number's value; of other text, what changes its meaning."""
+    text = _plain(found)
+    number = read_number(text)
+    if number is not None:
+        return number
+    joined = re.sub(r"\s*([^\w\s])\s*", r"\1", text).rstrip(".").strip()
+    text = joined if read_number(joined) is None else text  # `1, 234` is no number
+    choice = _CHOICE.fullmatch(text)
+    return choice[1] if choice else text.lower() if text in _TRUTHS else text
 
 
-def _format(value: Fraction) -> str:
-    if 10**MAX_DECIMALS % value.denominator:
-        return str(value)  # such as 1/3
-    digits = f"{abs(value.numerator) * (10**MAX_DECIMALS // value.denominator):0{MAX_DECIMALS + 1}d}"
-    sign = "-" if value < 0 else ""
-    return f"{sign}{digits[:-MAX_DECIMALS]}.{digits[-MAX_DECIMALS:]}".rstrip("0").rstrip(".")
-
-
-def _parse_number(text: str) -> Fraction | None:
-    match = _NUMBER.fullmatch(text)
-    if not match or len(text) > MAX_DIGITS or not (match[2] or match[3]):
-        return None
-    integer, decimals = match[2].replace(",", ""), match[3] or ""
-    power = int(match[4] or 0) - len(decimals)
-    return int(f"{match[1]}{integer}{decimals}") * Fraction(10) ** power
+def _plain(text: str) -> str:
+    """Remove what changes a formula's appearance but not its meaning, and all spaces but single ones."""
+    text = to_ascii(text)
+    for _ in range(MAX_NESTED_COMMANDS):
+        text = _TEXT_COMMAND.sub(r"\1", text)
+    text = re.sub(r"\\[dt]frac", r"\\frac", _DECORATION.sub("", text))
+    return re.sub(r"\s+", " ", re.sub(r"\\([%&#_])", r"\1", text)).strip()

@@ -1,6 +1,7 @@
 """The transform for `transformers`: `model.generate(..., logits_processor=[EntropyMinimizer(params)])`.
 
-`generate` runs it after its own penalties and before temperature, top-k and top-p.
+`generate` runs it after its own penalties and before temperature, top-k and top-p. It returns log-probabilities, which
+beam search adds up; sampling does not depend on a row's normalisation.
 """
 
 import torch
@@ -26,7 +27,7 @@ class EntropyMinimizer(LogitsProcessor):
         self.last: TransformOutput | None = None
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        """Return new scores for `scores` [rows, vocab], in the same dtype. `scores` itself does not change."""
+        """Return new log-probabilities for `scores` [rows, vocab], in their dtype. `scores` itself does not change."""
         logits = scores.to(torch.float32, copy=True)
         self.last = transform(logits, [self.params] * len(logits))
-        return logits.to(scores.dtype)  # type: ignore[return-value]
+        return logits.log_softmax(-1).to(scores.dtype)  # type: ignore[return-value]

@@ -186,4 +186,4 @@ class GuardedTrainerMixin:
 def is_right(answer_rule: Answer, reply: str, wanted: str) -> bool:
     """Return whether the reply's answer is `wanted`, which may be written as in a reply or as a bare value."""
     found = answer_rule.extract(reply)
-    return found is not None and found in (answer_rule.extract(wanted), Answer(type="text").extract(wanted))
+    return found is not None and found in (answer_rule.extract(wanted), answer_rule.normal_form(wanted))

@@ -3,11 +3,11 @@
 import re
 
 from answers.extract import Answer
+from answers.numbers import find_numbers
 
 TEXT, BOXED, LAST_NUMBER = Answer(type="text"), Answer(type="boxed"), Answer(type="last_number")
 
-_VALUE = re.compile(r"-?\d+(?:\.\d+|/\d+)?")  # how Answer writes a number
-_DIGITS = re.compile(r"\d[\d,./]*")
+_VALUE = re.compile(r"-?\d+(?:\.\d+|/\d+)?(?:e-?\d+)?")  # how Answer writes a number
 
 
 class TextChecker:
@@ -48,5 +48,5 @@ class NumberChecker(TextChecker):
 
 def _single_number(text: str) -> str:
     """Return the only number of a text such as `18 dollars`; a text with two, such as `2^{10}`, unchanged."""
-    alone = len(_DIGITS.findall(text)) == 1 and not _VALUE.fullmatch(text)
+    alone = len(find_numbers(text)) == 1 and not _VALUE.fullmatch(text)
     return (LAST_NUMBER.extract(text) if alone else None) or text

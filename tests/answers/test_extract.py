@@ -93,7 +93,7 @@ HOSTILE = {
     "powers of powers": r"\boxed{9^{9^{9^{9^{9^9}}}}}",
     "as": "a" * 100_000 + "!",
 }
-HOSTILE_PATTERNS = [r"(a+)+$", r"(a|a)*b", r"((a?){50}){3}b", r"(.*)(.*)(.*)(.*)x"]
+HOSTILE_PATTERNS = [r"(a+)+$", r"(a|a)*b", r"((a?){20}){3}b", r"(.*)(.*)(.*)(.*)x"]
 
 
 @pytest.mark.parametrize("reply", HOSTILE.values(), ids=HOSTILE.keys())

@@ -57,15 +57,28 @@ def test_strong_minimisation_makes_sampling_greedy(model, prompt) -> None:  # ty
     assert processor.last.entropy_after.max() < 1e-3
 
 
+def test_beam_search_gets_log_probabilities(model, prompt) -> None:  # type: ignore[no-untyped-def]
+    """Scores of a beam are sums of log-probabilities, so no row may be normalised to more than 1."""
+    options = {"do_sample": False, "num_beams": 4, "return_dict_in_generate": True, "output_scores": True}
+    found = generate(model, prompt, [EntropyMinimizer(EMInfParams(threshold=0.1, steps=20))], **options)
+    normalizers = torch.stack([scores.logsumexp(-1) for scores in found.scores])
+    torch.testing.assert_close(normalizers, torch.zeros_like(normalizers), atol=1e-4, rtol=0)
+    assert found.sequences_scores.max() <= 0
+    again = generate(
+        model, prompt, [EntropyMinimizer(EMInfParams(threshold=0.1, steps=20))], **options, renormalize_logits=True
+    )
+    assert torch.equal(found.sequences, again.sequences)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("params", [EMInfParams(), AdaptiveTemperatureParams()])
-def test_scores_are_those_of_the_transform(params, dtype: torch.dtype) -> None:  # type: ignore[no-untyped-def]
+def test_scores_are_the_log_probabilities_of_the_transform(params, dtype: torch.dtype) -> None:  # type: ignore[no-untyped-def]
     scores = (torch.randn(4, 300, generator=torch.Generator().manual_seed(1)) * 2).to(dtype)
     kept = scores.clone()
     processor = EntropyMinimizer(params)
     out = processor(torch.zeros(4, 1, dtype=torch.long), scores)
     wanted = NumbaTransform(300)(kept.to(torch.float32, copy=True), BatchParams.of([params] * 4))
-    assert torch.equal(out, wanted.logits.to(dtype))
+    assert torch.equal(out, wanted.logits.log_softmax(-1).to(dtype))
     assert out.dtype == dtype
     assert torch.equal(scores, kept)
     assert processor.last is not None

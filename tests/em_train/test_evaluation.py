@@ -27,6 +27,10 @@ def test_the_held_out_score_or_else_the_step_selects_the_checkpoint():
         ("\\boxed{7.0}", "so it is \\boxed{7}", True),  # an answer written as in a reply
         ("\\boxed{8}", "7", False),
         ("7", "7", False),
+        ("\\boxed{Yes}", "Yes", True),
+        ("\\boxed{A}", "(A)", True),
+        ("\\boxed{2 1/2}", "2.5", True),
+        ("\\boxed{-5}", "5", False),
     ],
 )
 def test_an_answer_is_right_if_it_equals_the_wanted_one(reply: str, wanted: str, right: bool):

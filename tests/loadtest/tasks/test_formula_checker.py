@@ -10,6 +10,7 @@ import pytest
 from loadtest.scenario import ScenarioError
 from loadtest.tasks import formula_checker
 from loadtest.tasks.formula_checker import FormulaChecker
+from tests.answers.cases import CASES, CHECKS
 from tests.loadtest.tasks.checking import check
 
 HANGS = r"9^{9^{9^{9}}}"
@@ -52,6 +53,21 @@ def test_formulas_are_compared_by_value(boxed: FormulaChecker, answer: str, corr
         True,
         False,
     ]
+
+
+@pytest.mark.parametrize(("source", "answer", "reply", "correct"), CHECKS)
+def test_numbers_as_people_write_them(
+    boxed: FormulaChecker, source: str, answer: str, reply: str, correct: bool
+) -> None:
+    assert check(boxed, answer, reply) == [correct], source
+
+
+def test_every_writing_is_correct_for_its_form_without_a_worker() -> None:
+    checker = FormulaChecker()
+    for case in CASES:
+        assert check(checker, case.boxed, f"\\boxed{{{case.written}}}") == [True], case
+    assert checker.worker is None
+    checker.close()
 
 
 @pytest.mark.slow

@@ -2,10 +2,12 @@
 
 import time
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from loadtest.tasks.text_checkers import LAST_NUMBER, TEXT, NumberChecker, TextChecker
+from tests.answers.cases import CASES, CHECKS, NUMBER_CHECKS, Case
 from tests.loadtest.tasks.checking import check
 
 EXACT, NUMBER = TextChecker(TEXT), NumberChecker(LAST_NUMBER)
@@ -62,3 +64,13 @@ def test_a_long_hostile_box_takes_linear_time() -> None:
 
 def test_a_reply_without_a_number_has_no_answer() -> None:
     assert NUMBER.find("no number") is None
+
+
+@pytest.mark.parametrize(("source", "answer", "reply", "correct"), CHECKS + NUMBER_CHECKS)
+def test_numbers_as_people_write_them(source: str, answer: str, reply: str, correct: bool) -> None:
+    assert check(NUMBER, answer, reply) == [correct], source
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if NUMBER.normalize(case.boxed) == case.boxed], ids=str)
+def test_every_writing_of_a_number_is_correct_for_its_value(case: Case) -> None:
+    assert check(NUMBER, case.boxed, rf"\boxed{{{case.written}}}", rf"\boxed{{{case.written}1}}") == [True, False]
