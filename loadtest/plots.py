@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
+from loadtest.inputs import one_line
 from loadtest.results import ConfigResult, Interval, Results
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#444444")  # Okabe and Ito
@@ -206,8 +207,8 @@ def _number_of(results: Results, name: str) -> int:
 
 
 def _label(results: Results, name: str) -> str:
-    # split() removes line breaks: one in a name would be one in the plot.
-    return f"{_number_of(results, name)}  {textwrap.shorten(' '.join(name.split()), NAME_WIDTH, placeholder='…')}"
+    # A line break in a name would be one in the plot, and XML has no control characters.
+    return f"{_number_of(results, name)}  {textwrap.shorten(one_line(name), NAME_WIDTH, placeholder='…')}"
 
 
 def _style(results: Results, name: str) -> dict[str, Any]:

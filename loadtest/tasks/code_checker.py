@@ -54,7 +54,7 @@ class CodeChecker(TextChecker):
         try:
             with warnings.catch_warnings(action="ignore"):
                 ast.parse(given)
-        except (SyntaxError, ValueError):
+        except (SyntaxError, ValueError, MemoryError, RecursionError):
             return None
         return given
 
