@@ -46,6 +46,7 @@ class DemoTask(Part):
 
 
 Checker = Literal["exact", "number", "boxed", "python"]
+Unsafe = Annotated[bool, Field(description="Let root run the code of replies even without namespaces.")]
 
 
 class FileTask(Part):
@@ -62,6 +63,7 @@ class FileTask(Part):
     )
     prompt: str = Field(default="{question}", description="The user message; {question} is replaced.")
     count: int | None = Field(default=None, ge=1, description="Use only the first questions; default: all.")
+    unsafe: Unsafe = False
 
 
 class PresetTask(Part):
@@ -70,6 +72,7 @@ class PresetTask(Part):
     type: Literal["math500", "aime", "amc", "gsm8k", "scicode"]
     path: Path
     count: int | None = Field(default=None, ge=1)
+    unsafe: Unsafe = False
 
 
 class Lengths(Part):

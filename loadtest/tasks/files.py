@@ -27,7 +27,7 @@ def load_file(task: FileTask | PresetTask, file_format: FileFormat) -> LoadedTas
     if QUESTION not in file_format.prompt:
         raise ScenarioError(f"task.prompt: got {file_format.prompt!r}; must contain {QUESTION}")
     pattern = _compiled(file_format.pattern)
-    checker = build_checker(file_format.checker)
+    checker = build_checker(file_format.checker, task.unsafe)
     try:
         rows = enumerate(islice(_rows(task.path), task.count))
         questions = [_question(index, place, row, file_format, pattern, checker) for index, (place, row) in rows]
