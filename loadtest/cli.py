@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 from datetime import UTC, datetime
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -21,7 +22,7 @@ from pydantic import ValidationError
 from loadtest import environment, mock
 from loadtest.client import Client
 from loadtest.compare import compare
-from loadtest.inputs import one_line, parse_json, shortened
+from loadtest.inputs import one_line, parse_json, printable, shortened
 from loadtest.measurements import MeasuredQuestion, Stage
 from loadtest.progress import ProgressLines, ProgressTable
 from loadtest.report import write_html
@@ -40,6 +41,8 @@ JSONL, JSON, CSV, HTML = "requests.jsonl", "results.json", "stages.csv", "report
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return its exit status."""
     options = _parser().parse_args(arguments)
+    if isinstance(sys.stdout, TextIOWrapper):  # names may have letters that a terminal does not have
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         status: int = options.run(options)
         sys.stdout.flush()
@@ -259,11 +262,9 @@ def _roi(options: argparse.Namespace) -> int:
 
 
 def _print(lines: Sequence[str]) -> None:
-    """Print lines; names in results may have characters that control a terminal, or that it does not have."""
-    encoding = sys.stdout.encoding or "utf-8"
+    """Print lines; names in results may have characters that control a terminal."""
     for line in lines:
-        shown = "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in line)
-        print(shown.encode(encoding, "backslashreplace").decode(encoding))
+        print(printable(line))
 
 
 def _mock(options: argparse.Namespace) -> int:

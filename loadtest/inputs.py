@@ -72,5 +72,9 @@ def shortened(value: object) -> str:
 
 def one_line(text: object) -> str:
     """Return text without line breaks and without characters that control a terminal."""
-    words = " ".join(str(text).split())
-    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in words)
+    return printable(" ".join(str(text).split()))
+
+
+def printable(text: str) -> str:
+    """Return text with an escape sequence for each character that controls a terminal."""
+    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text)

@@ -1,6 +1,7 @@
 """The commands, with the mock server: exit status, files, and what is printed."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -218,6 +219,14 @@ def test_names_cannot_control_the_terminal(tmp_path: Path, capsys: Any) -> None:
     write_json(results(config("a\x1b[2J\ud800", 5.0, 0.5)), path)
     assert main(["compare", str(path), str(path)]) == 0
     assert "a\\x1b[2J\\ud800" in capsys.readouterr().out
+
+
+def test_names_may_have_letters_that_the_terminal_does_not_have(tmp_path: Path) -> None:
+    path = tmp_path / "results.json"
+    write_json(results(config("\u4e2d", 5.0, 0.5)), path)
+    command = [sys.executable, "-m", "loadtest.cli", "compare", str(path), str(path)]
+    ascii_only = os.environ | {"PYTHONIOENCODING": "ascii"}
+    assert b"\\u4e2d" in subprocess.run(command, env=ascii_only, capture_output=True, check=True).stdout
 
 
 def test_a_pipe_that_is_closed_is_no_traceback(tmp_path: Path) -> None:
