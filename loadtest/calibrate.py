@@ -71,10 +71,10 @@ async def _target_entropy(send: Send, bodies: Sequence[dict[str, Any]], config: 
     bodies = [body | {"em_inf": {**body["em_inf"], "stats": "summary"}} for body in bodies]
     summaries = [reply.em_inf for reply in await _send_all(send, bodies)]
     known = [summary for summary in summaries if summary and summary.get("entropy_after") is not None]
-    tokens = sum(summary["tokens"] for summary in known)
+    tokens = sum(summary.get("tokens") or 0 for summary in known)
     if not tokens:
         raise ScenarioError(f"arms.{config}.match_entropy_of: the server reports no entropies (`em_inf` with `stats`)")
-    return float(sum(summary["entropy_after"] * summary["tokens"] for summary in known) / tokens)
+    return float(sum(summary["entropy_after"] * (summary.get("tokens") or 0) for summary in known) / tokens)
 
 
 async def _entropy_at(send: Send, bodies: Sequence[dict[str, Any]], temperature: float, config: str) -> float:
@@ -83,6 +83,7 @@ async def _entropy_at(send: Send, bodies: Sequence[dict[str, Any]], temperature:
         tempered_entropy(logprobs, temperature)
         for reply in await _send_all(send, [body | extra for body in bodies])
         for logprobs in reply.top_logprobs
+        if logprobs
     ]
     if not entropies:
         raise ScenarioError(f"arms.{config}.match_entropy_of: the server returns no `top_logprobs`; they are needed")

@@ -13,21 +13,25 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 from datetime import UTC, datetime
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Any, TextIO
+
+from pydantic import ValidationError
 
 from loadtest import environment, mock
 from loadtest.client import Client
 from loadtest.compare import compare
+from loadtest.inputs import one_line, parse_json, printable, shortened
 from loadtest.measurements import MeasuredQuestion, Stage
 from loadtest.progress import ProgressLines, ProgressTable
 from loadtest.report import write_html
 from loadtest.results import Results, Run
 from loadtest.runner import Runner
 from loadtest.savings import savings
-from loadtest.scenario import Scenario, ScenarioError, Sweep, load
+from loadtest.scenario import Scenario, ScenarioError, Sweep, first_problem, load
 from loadtest.stage_summary import summarize_stage
-from loadtest.storage import read_json, write_csv, write_json
+from loadtest.storage import read_json, without_nan, write_csv, write_json
 from loadtest.summary import summarize
 from loadtest.tasks.registry import load_task
 
@@ -37,15 +41,29 @@ JSONL, JSON, CSV, HTML = "requests.jsonl", "results.json", "stages.csv", "report
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return its exit status."""
     options = _parser().parse_args(arguments)
+    if isinstance(sys.stdout, TextIOWrapper):  # names may have letters that a terminal does not have
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         status: int = options.run(options)
-    except (ScenarioError, ValueError) as error:
-        print(f"em-loadtest: {error}", file=sys.stderr)
-        return 2
+        sys.stdout.flush()
+    except BrokenPipeError:  # by `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it exits
+        return 1
+    except ValidationError as error:
+        return _wrong(first_problem(error))
+    except OSError as error:
+        return _wrong(f"{error.filename or 'output'}: {error.strerror or error}")
+    except ValueError as error:
+        return _wrong(error)
     except KeyboardInterrupt:
         print(f"em-loadtest: interrupted; {JSONL} has the stages that had ended", file=sys.stderr)
         return 130
     return status
+
+
+def _wrong(problem: object) -> int:
+    print(f"em-loadtest: {one_line(problem)}", file=sys.stderr)
+    return 2
 
 
 # ---- Flags
@@ -67,9 +85,7 @@ def _parser() -> argparse.ArgumentParser:
     mock_server = commands.add_parser("mock", help="serve a scripted server without a model")
     mock_server.add_argument("--host", default="127.0.0.1")
     mock_server.add_argument("--port", type=int, default=8000)
-    mock_server.add_argument(
-        "--script", type=json.loads, default={}, help='for example \'{"tokens": 50, "reset": 0.1}\''
-    )
+    mock_server.add_argument("--script", default="{}", help='for example \'{"tokens": 50, "reset": 0.1}\'')
     mock_server.set_defaults(run=_mock)
     return parser
 
@@ -105,7 +121,7 @@ def _run(options: argparse.Namespace) -> int:
     _write(results, folder)
     print(f"report: {folder / HTML}")
     for problem in results.failed:
-        print(f"em-loadtest: {problem}", file=sys.stderr)
+        print(f"em-loadtest: {one_line(problem)}", file=sys.stderr)
     return 1 if results.failed else 0
 
 
@@ -126,8 +142,16 @@ class StageWriter:
     def write(self, stage: Stage) -> None:
         """Append all questions of a stage."""
         key = {"arm": stage.config, "load": stage.load, "repetition": stage.repetition}
-        self.file.writelines(json.dumps(key | line_of(question)) + "\n" for question in stage.questions)
+        self.file.writelines(json_line(key | line_of(question)) for question in stage.questions)
         self.file.flush()
+
+
+def json_line(row: dict[str, Any]) -> str:
+    """Return a row as a line of JSON; numbers that JSON does not have, of a server's strategy, become text."""
+    try:
+        return json.dumps(row, allow_nan=False) + "\n"
+    except ValueError:
+        return json.dumps(without_nan(row), allow_nan=False) + "\n"
 
 
 def line_of(question: MeasuredQuestion) -> dict[str, Any]:
@@ -190,11 +214,22 @@ def _stage_count(scenario: Scenario) -> int | None:
 
 
 async def _first_model(client: Client) -> str:
-    response = await client.get("/v1/models")
-    if response is None:
-        raise ScenarioError(f"{client.root}/models does not answer: is a server there, and is the API key right?")
-    name: str = response.json()["data"][0]["id"]
-    return name
+    """Return the name of the first model that the server lists.
+
+    Raises:
+        ScenarioError: if it lists none; names the address and what is there instead.
+    """
+    url = f"{client.root}/models"
+    try:
+        listed = parse_json(await client.get(url))
+    except ScenarioError as error:
+        raise ScenarioError(f"{error} (--base-url, --api-key; or name the `model` in the scenario)") from None
+    except ValueError:
+        raise ScenarioError(f"{url}: answers with no JSON; is --base-url the address of an API?") from None
+    match listed:
+        case {"data": [{"id": str(name)}, *_]} if name:
+            return name
+    raise ScenarioError(f"{url}: got {shortened(listed)}; lists no model: name the `model` in the scenario")
 
 
 def _write(results: Results, folder: Path) -> None:
@@ -207,25 +242,39 @@ def _write(results: Results, folder: Path) -> None:
 
 
 def _report(options: argparse.Namespace) -> int:
-    _write(read_json(options.results), options.results.parent)
+    results, folder = read_json(options.results), options.results.parent
+    write_html(results, folder / HTML)
+    write_csv(results, folder / CSV)
     return 0
 
 
 def _compare(options: argparse.Namespace) -> int:
     lines, regressed = compare(read_json(options.before), read_json(options.after), options.tolerance)
-    print("\n".join(lines))
+    _print(lines)
     return 1 if regressed else 0
 
 
 def _roi(options: argparse.Namespace) -> int:
     results = read_json(options.results)
     workload = options.price_per_hour, options.answers_per_day
-    print("\n".join(savings(results, options.old, options.new, options.load, *workload)))
+    _print(savings(results, options.old, options.new, options.load, *workload))
     return 0
 
 
+def _print(lines: Sequence[str]) -> None:
+    """Print lines; names in results may have characters that control a terminal."""
+    for line in lines:
+        print(printable(line))
+
+
 def _mock(options: argparse.Namespace) -> int:
-    mock.serve(mock.Script.model_validate(options.script), options.host, options.port)
+    try:
+        script = mock.Script.model_validate(parse_json(options.script))
+    except ValidationError as error:
+        raise ScenarioError(f"--script: {first_problem(error)}") from None
+    except ValueError as error:
+        raise ScenarioError(f"--script: got {shortened(options.script)}; is no JSON: {error}") from None
+    mock.serve(script, options.host, options.port)
     return 0
 
 

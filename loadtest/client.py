@@ -4,32 +4,45 @@ Each connection in use is an httpx client: one pool of thousands of connections 
 """
 
 import asyncio
-import json
 import ssl
 import time
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from typing import Any
 
 import httpx
 
+from loadtest.addresses import api_root, why
 from loadtest.measurements import MeasuredRequest
-from loadtest.scenario import Limits
+from loadtest.replies import StreamedReply, error_message, read_reply, set_status
+from loadtest.scenario import Limits, ScenarioError
 
 CONNECT_TIMEOUT_S = 30.0
 KEEPALIVE_S = 4.0  # uvicorn, and so vLLM, closes a connection that is idle for 5 s
-
-
-def api_root(base_url: str) -> str:
-    """Return the server's address ending in `/v1`, whether or not `base_url` ends in it or in a slash."""
-    return base_url.rstrip("/").removesuffix("/v1").rstrip("/") + "/v1"
+REST_S = 1.0  # for the end of a connection after the end of its reply
+MAX_REPLY_BYTES = 256 << 20
+MAX_ERROR_BYTES = 64 << 10  # of a response that is none of ours, or an error
 
 
 class Client:
-    """A client of one server that keeps its connections alive and reuses them; a context manager."""
+    """A client of one server that keeps its connections alive and reuses them; a context manager.
+
+    Attributes:
+        root: the address to which `/chat/completions` is added.
+        server: the address to which `/metrics` is added.
+    """
 
     def __init__(self, base_url: str, api_key: str | None, limits: Limits) -> None:
+        """Prepare a client.
+
+        Raises:
+            ScenarioError: if the address or the key cannot be one.
+        """
         self.root = api_root(base_url)
+        self.server = self.root.removesuffix("/v1")
         self.limits = limits
+        if api_key and not (api_key.isascii() and api_key.isprintable()):
+            raise ScenarioError("--api-key: has a character that a header cannot have: a line break, or beyond ASCII")
         self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         self._ssl = ssl.create_default_context()
         self._idle: list[httpx.AsyncClient] = []
@@ -48,7 +61,7 @@ class Client:
             body: the request's JSON.
             began: when the stage began, on the clock of `time.monotonic`.
         """
-        measured = MeasuredRequest(seed=body.get("seed", 0), sent=time.monotonic() - began)
+        measured = MeasuredRequest(seed=body.get("seed"), sent=time.monotonic() - began)
         connection = self._idle.pop() if self._idle else self._connection()
         try:
             async with asyncio.timeout(self.limits.request_s):
@@ -57,26 +70,36 @@ class Client:
             measured.error = f"timeout: no end after {self.limits.request_s:g} s"
         except httpx.ReadTimeout:
             measured.error = f"stalled: no byte for {self.limits.stall_s:g} s"
-        except httpx.HTTPError as error:
+        except (httpx.HTTPError, httpx.StreamError) as error:
             measured.error = f"connection: {type(error).__name__} {error}".rstrip()
-        except (ValueError, TypeError, AttributeError, KeyError, IndexError) as error:
-            measured.error = f"unreadable: {type(error).__name__} {error}"
+        except ValueError as error:
+            measured.error = f"unreadable: {error}"
         finally:
             self._idle.append(connection)
-        measured.last = time.monotonic() - began
-        _set_status(measured)
+        measured.last = measured.last or time.monotonic() - began
+        set_status(measured)
         return measured
 
-    async def get(self, path: str) -> httpx.Response | None:
-        """Return the response for a path from the server's root; None if there is none with status 200."""
+    async def get(self, url: str) -> bytes:
+        """Return the body at an address.
+
+        Raises:
+            ScenarioError: if nothing answers with status 200; names the address and the reason.
+        """
         connection = self._idle.pop() if self._idle else self._connection()
         try:
-            response = await connection.get(self.root.removesuffix("/v1") + path)
-        except (httpx.HTTPError, httpx.InvalidURL):
-            return None
+            async with asyncio.timeout(CONNECT_TIMEOUT_S + self.limits.stall_s):
+                async with connection.stream("GET", url) as response:
+                    if response.status_code == 200:
+                        return b"".join([piece async for piece in _received(response, MAX_REPLY_BYTES)])
+                    problem = f": {await _refusal(response)}"
+        except (httpx.HTTPError, httpx.StreamError, TimeoutError) as error:
+            problem = f" does not answer: {why(error, url)}"
+        except ValueError as error:
+            problem = f": {error}"
         finally:
             self._idle.append(connection)
-        return response if response.status_code == 200 else None
+        raise ScenarioError(url + problem)
 
     def _connection(self) -> httpx.AsyncClient:
         connection = httpx.AsyncClient(
@@ -94,91 +117,58 @@ class Client:
     ) -> None:
         async with connection.stream("POST", f"{self.root}/chat/completions", json=body) as response:
             if response.status_code != 200:
-                measured.error = f"HTTP {response.status_code}: {_error_message(await response.aread())}"
+                measured.error = await _refusal(response)
             elif body.get("stream"):
                 await _read_stream(response, measured, began)
             else:
-                reply = json.loads(await response.aread())
-                _read_metadata(reply, measured)
-                choice = reply["choices"][0]
-                measured.text = choice["message"].get("content") or ""
-                measured.finish_reason = choice["finish_reason"]
-                tokens = (choice.get("logprobs") or {}).get("content") or ()
-                measured.top_logprobs = [[each["logprob"] for each in token["top_logprobs"]] for token in tokens]
+                read_reply(b"".join([piece async for piece in _received(response, MAX_REPLY_BYTES)]), measured)
 
 
 async def _read_stream(response: httpx.Response, measured: MeasuredRequest, began: float) -> None:
-    previous: float | None = None
-    parts: list[str] = []
-    done = False
+    reply = StreamedReply(measured)
+    pieces = _received(response, MAX_REPLY_BYTES)
     try:
-        async for data in _events(response):
-            if data == b"[DONE]":
-                done = True
-                continue
-            event = json.loads(data)
-            if "error" in event:
-                measured.error = f"error in the stream: {_error_message(data)}"
-                return
-            _read_metadata(event, measured)
-            for choice in event["choices"][:1]:
-                measured.finish_reason = choice.get("finish_reason") or measured.finish_reason
-                delta = choice.get("delta") or {}
-                content = delta.get("content")
-                if not content and not (delta.get("reasoning_content") or delta.get("reasoning")):
-                    continue
-                now = time.monotonic() - began
-                parts.append(content or "")
-                measured.chunks += 1
-                if previous is None:
-                    measured.first = now
-                else:
-                    measured.gaps.append(round(now - previous, 5))
-                previous = now
+        async for piece in pieces:
+            reply.receive(piece, time.monotonic() - began)
+            if reply.done:
+                break
+        else:
+            reply.end(time.monotonic() - began)
     finally:
-        measured.text = "".join(parts)
-    if not done:
-        measured.error = "broke off: the stream ended without [DONE]"
+        measured.text = "".join(reply.parts)
+        measured.last = time.monotonic() - began
+    if reply.done:
+        await _read_rest(pieces)
 
 
-async def _events(response: httpx.Response) -> AsyncIterator[bytes]:
-    """Yield the `data` of server-sent events; OpenAI's have one line each."""
-    unfinished = b""
-    async for received in response.aiter_raw():
-        *lines, unfinished = (unfinished + received).split(b"\n")
-        for line in lines:
-            if line.startswith(b"data:"):
-                yield line[5:].strip()
+async def _read_rest(pieces: AsyncIterator[bytes]) -> None:
+    """Read to the end of the response: only then its connection can be used again."""
+    with suppress(TimeoutError, httpx.HTTPError, ValueError):
+        async with asyncio.timeout(REST_S):
+            async for _ in pieces:
+                pass
 
 
-def _read_metadata(event: dict[str, Any], measured: MeasuredRequest) -> None:
-    """Take usage, stats and strategy from a reply, or from a chunk of it."""
-    if usage := event.get("usage"):
-        measured.prompt_tokens, measured.output_tokens = usage["prompt_tokens"], usage["completion_tokens"]
-    if summaries := event.get("em_inf"):
-        measured.em_inf = {name: value for name, value in summaries[0].items() if not isinstance(value, list)}
-    if strategy := event.get("strategy"):
-        measured.strategy = strategy
+async def _received(response: httpx.Response, most: int) -> AsyncIterator[bytes]:
+    """Yield a body's bytes as they arrive.
+
+    Raises:
+        ValueError: if there are more than `most`.
+    """
+    total = 0
+    async for piece in response.aiter_bytes():
+        total += len(piece)
+        if total > most:
+            raise ValueError(f"the response is larger than {most >> 10} KiB")
+        yield piece
 
 
-def _set_status(measured: MeasuredRequest) -> None:
-    """Set the status, and the number of tokens of the reply itself."""
-    if measured.error is None and measured.finish_reason is not None:
-        measured.status = "ok"
-    else:
-        measured.status = "incomplete" if measured.chunks else "failed"
-        measured.error = measured.error or "no finish_reason: the reply has no end"
-    if measured.strategy is None and measured.output_tokens is not None:
-        measured.delivered_tokens = measured.output_tokens
-    else:  # one of several samples was delivered; without stats, count chunks: each has a token or a few
-        measured.delivered_tokens = (measured.em_inf or {}).get("tokens") or measured.chunks or None
-
-
-def _error_message(body: bytes) -> str:
-    """Return the server's error message, shortened."""
-    try:
-        error = json.loads(body)["error"]
-        text = error["message"] if isinstance(error, dict) else str(error)
-    except (ValueError, KeyError, TypeError):
-        text = body.decode(errors="replace")
-    return " ".join(str(text).split())[:300]
+async def _refusal(response: httpx.Response) -> str:
+    """Return the status of a response, and what its body or headers say about it."""
+    if response.has_redirect_location:
+        return f"HTTP {response.status_code}: moved to {error_message(response.headers['location'].encode())}"
+    body = b""
+    with suppress(ValueError, httpx.HTTPError):
+        async for piece in _received(response, MAX_ERROR_BYTES):
+            body += piece
+    return f"HTTP {response.status_code}: {error_message(body)}".removesuffix(": ")

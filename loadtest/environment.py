@@ -7,6 +7,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from loadtest.inputs import parse_json
+
 if TYPE_CHECKING:
     from loadtest.client import Client  # with all that a load needs, where a benchmark only asks for the processor
 
@@ -48,16 +50,26 @@ def git_commit() -> str | None:
 async def server(client: "Client", flags: str | None) -> dict[str, Any]:
     """Return what the server reports about itself, and the flags it was started with, if the user states them."""
     found: dict[str, Any] = {"flags": flags} if flags else {}
-    for name, path in (("version", "/version"), ("models", "/v1/models"), ("em_inf", "/v1/em_inf")):
-        response = await client.get(path)
-        if response is not None:
-            found[name] = response.json()
-    if "models" in found:  # other fields are paths and permissions
-        wanted = ("id", "max_model_len")
-        found["models"] = [{key: model[key] for key in wanted if key in model} for model in found["models"]["data"]]
-    if "em_inf" in found:
-        found["em_inf"] = {key: found["em_inf"].get(key) for key in ("available", "default", "versions")}
+    version = await _object(client, f"{client.server}/version")
+    if version:
+        found["version"] = version
+    models = (await _object(client, f"{client.root}/models")).get("data")
+    if isinstance(models, list):  # other fields are paths and permissions
+        listed = [model for model in models if isinstance(model, dict)]
+        found["models"] = [{key: model[key] for key in ("id", "max_model_len") if key in model} for model in listed]
+    em_inf = await _object(client, f"{client.root}/em_inf")
+    if em_inf:
+        found["em_inf"] = {key: em_inf.get(key) for key in ("available", "default", "versions")}
     return found
+
+
+async def _object(client: "Client", url: str) -> dict[str, Any]:
+    """Return the JSON object at an address; empty if there is none: servers other than ours lack these addresses."""
+    try:
+        value = parse_json(await client.get(url))
+    except ValueError:
+        return {}
+    return value if isinstance(value, dict) else {}
 
 
 def _processor() -> str:

@@ -59,13 +59,20 @@ def _votes(results: Results) -> set[str]:
     """Return the names of the configs that are self-consistency, by the server or by the client."""
     configs = results.scenario.get("arms")
     if isinstance(configs, Mapping):  # as a scenario file may write them
-        configs = [{"name": name, **(config or {})} for name, config in configs.items()]
-    return {one["name"] for one in configs or () if one.get("vote") or _strategy(one) == "self_consistency"}
+        named = dict(configs)
+    else:
+        listed = [one for one in configs if isinstance(one, Mapping)] if isinstance(configs, list) else []
+        named = {str(one.get("name")): one for one in listed}
+    return {name for name, config in named.items() if isinstance(config, Mapping) and _is_vote(config)}
 
 
-def _strategy(config: Mapping[str, Any]) -> object:
-    strategy = (config.get("body") or {}).get("strategy")
-    return strategy.get("type") if isinstance(strategy, Mapping) else strategy
+def _is_vote(config: Mapping[str, Any]) -> bool:
+    body = config.get("body")
+    strategy = body.get("strategy") if isinstance(body, Mapping) else None
+    return bool(config.get("vote")) or "self_consistency" in (
+        strategy,
+        strategy.get("type") if isinstance(strategy, Mapping) else None,
+    )
 
 
 def _named(results: Results, name: str) -> list[ConfigResult]:

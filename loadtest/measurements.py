@@ -13,7 +13,7 @@ Status = Literal["ok", "incomplete", "failed"]  # complete; broke off after some
 class MeasuredRequest:
     """One HTTP request and its reply. The field names are those in requests.jsonl."""
 
-    seed: int
+    seed: int | None  # None: the request had none
     sent: float = 0.0
     first: float | None = None  # when the first content arrived; None if the reply was not streamed
     last: float = 0.0  # when the reply ended or broke off
@@ -21,6 +21,7 @@ class MeasuredRequest:
     chunks: int = 0  # with content
     status: Status = "failed"
     error: str | None = None  # begins with a short kind: "HTTP 500: ..."
+    without_done: bool = False  # the stream ended properly, but without [DONE]
     finish_reason: str | None = None
     text: str = ""
     prompt_tokens: int | None = None  # from the server's `usage`; None if it sent none

@@ -6,6 +6,7 @@ The same results give the same bytes. A config has the same number and colour in
 import math
 import re
 import textwrap
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from io import StringIO
 from typing import Any
@@ -17,10 +18,12 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
+from loadtest.inputs import one_line
 from loadtest.results import ConfigResult, Interval, Results
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#444444")  # Okabe and Ito
 MARKERS = "osD^vPX<"  # one more than colours: the first 56 configs all look different
+MIN_DRAWN, MAX_DRAWN = 1e-12, 1e12
 NAME_WIDTH = 34  # characters of a config's name that a plot shows
 STYLE: dict[Any, Any] = {
     "svg.hashsalt": "em-loadtest",
@@ -37,7 +40,7 @@ DIRECTIONS = tuple((math.cos(turn * math.pi / 4), math.sin(turn * math.pi / 4)) 
 def pareto(results: Results, load: str) -> str | None:
     """Draw accuracy over answers per second under one load, and the Pareto front: configs that none beats in both."""
     configs = [config for config in _under(results, load) if config.accuracy and _finite(config.accuracy.value)]
-    configs = [config for config in configs if config.answers_per_second.value > 0]  # the scale is logarithmic
+    configs = [config for config in configs if _positive(config.answers_per_second.value)]
     return _svg(f"pareto {load}", (8, 4.4), lambda figure: _pareto(figure, results, configs, load)) if configs else None
 
 
@@ -90,7 +93,7 @@ def latency_against_throughput(results: Results) -> str | None:
 
 
 def _has_latency(config: ConfigResult) -> bool:
-    return all(value and _finite(value) for value in (config.answers_per_second.value, config.e2e_p50, config.e2e_p99))
+    return all(map(_positive, (config.answers_per_second.value, config.e2e_p50, config.e2e_p99)))
 
 
 def _latency(figure: Figure, results: Results, lines: dict[str, list[ConfigResult]]) -> None:
@@ -146,7 +149,8 @@ def entropy_histograms(results: Results, load: str) -> str | None:
 def _entropies(figure: Figure, results: Results, found: dict[str, list[float]], load: str) -> None:
     columns = min(3, len(found))
     panels = list(figure.subplots(math.ceil(len(found) / 3), columns, sharex=True, squeeze=False).flat)
-    edges = np.linspace(0.0, max(map(max, found.values())) or 1.0, 31)
+    highest = max(map(max, found.values()))
+    edges = np.linspace(0.0, highest if highest > 0 else 1.0, 31)
     for index, (axes, (name, values)) in enumerate(zip(panels, found.items(), strict=False)):
         counts, _ = np.histogram(values, edges)
         axes.stairs(counts, edges, fill=True, color=_style(results, name)["color"], alpha=0.75)
@@ -162,7 +166,7 @@ def _entropies(figure: Figure, results: Results, found: dict[str, list[float]], 
 
 def tokens(results: Results, load: str) -> str | None:
     """Draw output tokens per question, a row per config: those of the reply, and those of discarded samples."""
-    configs = [config for config in _under(results, load) if config.answers_per_second.value > 0]
+    configs = [config for config in _under(results, load) if _positive(config.answers_per_second.value)]
     configs = [config for config in configs if _finite(config.output_tokens_per_second.value)]
     configs.sort(key=_tokens_per_question, reverse=True)
     return _svg("tokens", _rows(configs), lambda figure: _tokens(figure, results, configs, load)) if configs else None
@@ -206,8 +210,8 @@ def _number_of(results: Results, name: str) -> int:
 
 
 def _label(results: Results, name: str) -> str:
-    # split() removes line breaks: one in a name would be one in the plot.
-    return f"{_number_of(results, name)}  {textwrap.shorten(' '.join(name.split()), NAME_WIDTH, placeholder='…')}"
+    # A line break in a name would be one in the plot, and XML has no control characters.
+    return f"{_number_of(results, name)}  {textwrap.shorten(one_line(name), NAME_WIDTH, placeholder='…')}"
 
 
 def _style(results: Results, name: str) -> dict[str, Any]:
@@ -230,7 +234,13 @@ def _rows(configs: Sequence[ConfigResult]) -> tuple[float, float]:
 
 
 def _finite(value: float | None) -> bool:
-    return value is not None and math.isfinite(value)
+    """Return whether a value was measured and can be drawn: axes have no ticks for numbers that nothing has."""
+    return value is not None and (value == 0 or MIN_DRAWN < abs(value) < MAX_DRAWN)
+
+
+def _positive(value: float | None) -> bool:
+    """Return whether a logarithmic axis has a place for a value."""
+    return _finite(value) and value is not None and value > 0
 
 
 def _value(interval: Interval | None) -> float:
@@ -238,7 +248,7 @@ def _value(interval: Interval | None) -> float:
 
 
 def _bars(interval: Interval | None) -> list[list[float]] | None:
-    if interval is None or not all(map(math.isfinite, (interval.low, interval.value, interval.high))):
+    if interval is None or not all(map(_finite, (interval.low, interval.value, interval.high))):
         return None
     return [[max(0.0, interval.value - interval.low)], [max(0.0, interval.high - interval.value)]]
 
@@ -281,7 +291,8 @@ def _number_points(axes: Axes, dpi: float, points: Sequence[tuple[float, float]]
 def _svg(name: str, size: tuple[float, float], draw: Callable[[Figure], None]) -> str:
     """Draw an `<svg>` element whose ids all begin with the plot's name: a page may hold several."""
     buffer = StringIO()
-    with matplotlib.rc_context(STYLE):
+    with matplotlib.rc_context(STYLE), warnings.catch_warnings(action="ignore", category=UserWarning):
+        # Of axes without width, if there is one value, and of letters that a font lacks: browsers use another font.
         figure = Figure(figsize=size, layout="constrained")
         draw(figure)
         figure.savefig(buffer, format="svg", metadata={"Date": None})

@@ -3,17 +3,28 @@
 Fields that were renamed keep their first names in files, as aliases, so that old results stay readable.
 """
 
+import math
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 SCHEMA_VERSION = 1
+MAX_FIGURE = 1e30  # beyond it a figure is none, and sums and ratios of figures overflow
 
 
 class Part(BaseModel):
     """A part of the results; code may build it by field names or by the names in files."""
 
     model_config = ConfigDict(populate_by_name=True)
+
+    @field_validator("*")
+    @classmethod
+    def _within_bounds(cls, value: Any) -> Any:
+        """Refuse numbers that nothing measures; NaN and infinity stand for what could not be computed."""
+        for one in value if isinstance(value, list) else [value]:
+            if isinstance(one, int | float) and MAX_FIGURE < abs(one) < math.inf:
+                raise ValueError(f"must be a number from {-MAX_FIGURE:g} to {MAX_FIGURE:g}")
+        return value
 
 
 class Interval(Part):

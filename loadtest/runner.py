@@ -9,13 +9,11 @@ from typing import Any, Protocol
 from answers.vote import Vote
 from loadtest.calibrate import Calibration, find_temperature
 from loadtest.client import Client
+from loadtest.counters import counted_tokens
 from loadtest.load import run_load
 from loadtest.measurements import MeasuredQuestion, MeasuredRequest, Stage
-from loadtest.scenario import Closed, Config, Open, Scenario, Sweep
+from loadtest.scenario import Closed, Config, Open, Scenario, ScenarioError, Sweep
 from loadtest.tasks.base import LoadedTask
-
-WARMUP_REPETITION = 999  # no measured repetition has its seeds
-GENERATED, PROMPTED = "vllm:generation_tokens_total", "vllm:prompt_tokens_total"
 
 
 class Progress(Protocol):
@@ -49,6 +47,8 @@ class Runner:
         self.write_stage = write_stage
         self.calibration: dict[str, Calibration] = {}
         self._rng = random.Random(scenario.seed)
+        self._warm_up_repetition = scenario.repetitions  # the one after the last: no measured request has its seeds
+        scenario.check_seeds(len(task.questions))
 
     async def run(self) -> list[Stage]:
         """Run every config under every load; each repetition of a load has its configs in another random order."""
@@ -135,37 +135,38 @@ class Runner:
         concurrency = load.concurrency if isinstance(load, Closed) else max(1, len(indices))
 
         async def ask(index: int, due: float) -> MeasuredQuestion:
-            return await self._ask(config, index, due, began, WARMUP_REPETITION)
+            return await self._ask(config, index, due, began, self._warm_up_repetition)
 
         began = time.monotonic()
         await run_load(Closed(type="closed", concurrency=concurrency), indices, ask, began, 0)
 
     async def _server_counters(self) -> tuple[int, int] | None:
         """Return output and prompt tokens by the server's own counters, over all its clients."""
-        response = await self.client.get("/metrics")
-        if response is None:
+        try:
+            metrics = await self.client.get(f"{self.client.server}/metrics")
+        except ScenarioError:
             return None
-        sums = dict.fromkeys((GENERATED, PROMPTED), 0.0)
-        found = False
-        for line in response.text.splitlines():
-            name = line.partition("{")[0].partition(" ")[0]
-            if name in sums:
-                found = True
-                sums[name] += float(line.rsplit(" ", 1)[1])
-        return (round(sums[GENERATED]), round(sums[PROMPTED])) if found else None
+        return counted_tokens(metrics.decode(errors="replace"))
 
     # ---- Questions
 
     async def _ask(self, config: Config, index: int, due: float, began: float, repetition: int) -> MeasuredQuestion:
-        seeds = self.scenario.seeds(repetition, index)
         question = MeasuredQuestion(index, scheduled=due)
         count = config.vote.n if config.vote else 1
-        bodies = [self.body(config, index) | {"seed": next(seeds)} for _ in range(count)]
+        bodies = self._seeded(config, index, repetition, count)
         question.requests = list(await asyncio.gather(*(self.client.send(body, began) for body in bodies)))
         find = config.vote.answer.extract if config.vote and config.vote.answer else self.task.find
         question.reply = vote_winner(question.requests, find)
         question.answer = find(question.reply.text) if question.reply else None
         return question
+
+    def _seeded(self, config: Config, index: int, repetition: int, count: int) -> list[dict[str, Any]]:
+        """Return the bodies of a question's requests, each with a seed unless the scenario's is null."""
+        body = self.body(config, index)
+        if self.scenario.sends_no_seed(config):
+            return [body] * count
+        seeds = self.scenario.seeds(repetition, index, len(self.task.questions))
+        return [body | {"seed": next(seeds)} for _ in range(count)]
 
     def body(self, config: Config, index: int) -> dict[str, Any]:
         """Return the body of a config's request for one question, without its seed."""
@@ -175,14 +176,15 @@ class Runner:
             "model": self.model,
             "messages": [*system, {"role": "user", "content": question.text}],
             "stream": self.scenario.stream,
+            "stream_options": {"include_usage": True},
         }
-        if self.scenario.stream:
-            body["stream_options"] = {"include_usage": True}
         if question.max_tokens is not None:
             body |= {"max_tokens": question.max_tokens, "ignore_eos": True}
         body |= self.scenario.request | config.body
         if config.name in self.calibration:
             body["temperature"] = self.calibration[config.name].temperature
+        if not body["stream"]:
+            del body["stream_options"]
         return {name: value for name, value in body.items() if value is not None}
 
     async def _check(self, measured: MeasuredQuestion) -> None:
@@ -204,10 +206,7 @@ class Runner:
 
     def _warm_up_bodies(self, config: Config) -> list[dict[str, Any]]:
         indices = [question.index for question in self.task.questions]
-        return [
-            self.body(config, index) | {"seed": next(self.scenario.seeds(WARMUP_REPETITION, index))}
-            for index in indices
-        ]
+        return [self._seeded(config, index, self._warm_up_repetition, 1)[0] for index in indices]
 
 
 def vote_winner(requests: Sequence[MeasuredRequest], find: Callable[[str], str | None]) -> MeasuredRequest | None:

@@ -238,6 +238,8 @@ def _warnings(stage: Stage, slo: Slo) -> Iterator[str]:
     yield from _usage_mismatch("prompt", prompts, stage.counted_prompt_tokens, requests)
     if without := sum(request.output_tokens is None for request in _complete(requests)):
         yield f"complete requests without usage: {without}; their tokens are not in output_tokens"
+    if without := sum(request.without_done for request in _complete(requests)):
+        yield f"complete streams without [DONE], which had a finish_reason: {without}"
     if too_few := sum(
         request.output_tokens is not None and request.chunks > request.output_tokens for request in requests
     ):

@@ -10,6 +10,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
+from loadtest.inputs import parse_json, read_text, shortened
 from loadtest.results import SCHEMA_VERSION, Latency, Percentiles, Results, StageResult
 
 
@@ -19,7 +20,7 @@ def write_json(results: Results, path: Path) -> None:
     Raises:
         OSError: if it cannot be written; a file that was at `path` is unchanged.
     """
-    content = _without_nan(results.model_dump(mode="json", by_alias=True))
+    content = without_nan(results.model_dump(mode="json", by_alias=True))
     write_text(path, json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 
@@ -30,15 +31,17 @@ def read_json(path: Path) -> Results:
         ValueError: if the file holds no results that this version can read; names the file and why.
     """
     try:
-        content = json.loads(path.read_text("utf-8"))
-    except OSError as error:
-        raise ValueError(f"{path}: {error.strerror}") from None
+        text = read_text(path)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    try:
+        content = parse_json(text)
     except ValueError as error:
         raise ValueError(f"{path}: not JSON, or not all of it: {error}") from None
     if not isinstance(content, dict) or "schema_version" not in content:
         raise ValueError(f"{path}: not the results of a load test: there is no schema_version")
     if content["schema_version"] != SCHEMA_VERSION:
-        raise ValueError(f"{path}: schema_version {content['schema_version']!r}; this reads {SCHEMA_VERSION}")
+        raise ValueError(f"{path}: schema_version {shortened(content['schema_version'])}; this reads {SCHEMA_VERSION}")
     try:
         return Results.model_validate(content)
     except ValidationError as error:
@@ -93,10 +96,10 @@ def _flat(stage: StageResult) -> dict[str, Any]:
     return row
 
 
-def _without_nan(value: Any) -> Any:
+def without_nan(value: Any) -> Any:
     """Replace numbers that JSON does not have by their names."""
     if isinstance(value, dict):
-        return {name: _without_nan(one) for name, one in value.items()}
+        return {name: without_nan(one) for name, one in value.items()}
     if isinstance(value, list):
-        return [_without_nan(one) for one in value]
+        return [without_nan(one) for one in value]
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value

@@ -6,8 +6,8 @@ from loadtest.tasks.formula_checker import FormulaChecker
 from loadtest.tasks.text_checkers import LAST_NUMBER, TEXT, NumberChecker, TextChecker
 
 
-def build_checker(name: Checker) -> TextChecker:
-    """Build a checker.
+def build_checker(name: Checker, unsafe: bool = False) -> TextChecker:
+    """Build a checker; `unsafe` lets root run code without namespaces.
 
     Raises:
         ScenarioError: if this machine cannot run it.
@@ -15,5 +15,5 @@ def build_checker(name: Checker) -> TextChecker:
     if name == "boxed":
         return FormulaChecker()
     if name == "python":
-        return CodeChecker()
+        return CodeChecker(unsafe=unsafe)
     return NumberChecker(LAST_NUMBER) if name == "number" else TextChecker(TEXT)

@@ -1,34 +1,33 @@
-"""Runs a reply's code with unit tests, in a process with limits.
+"""Checks a reply's code: it is correct if it and the unit tests run to their end.
 
-Limits are no sandbox: a model's code can read, delete and send whatever its user can. Run it where that is acceptable.
+The code is a stranger's. tasks/sandbox.py runs it; docs/loadtest.md says what holds with and without namespaces.
 """
 
 import ast
 import asyncio
-import inspect
+import ctypes
 import os
 import re
 import secrets
-import signal
 import socket
-import subprocess
 import sys
 import warnings
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from answers.extract import after_thinking
 from loadtest.scenario import ScenarioError
+from loadtest.tasks import sandbox
 from loadtest.tasks.text_checkers import TEXT, TextChecker
 
 TIMEOUT_S = 20.0  # wall-clock time for a reply's code with its tests
 START_TIMEOUT_S = 120.0  # for empty code, to find out whether this machine can run any
-CPU_S = 10  # processor time of each process
-MEMORY_BYTES = 2 << 30  # address space of each process
-FILE_BYTES = 16 << 20  # size of each file
+LIMITS = sandbox.Limits(cpu_s=10, memory_bytes=2 << 30, file_bytes=16 << 20)
 MAX_CONCURRENT = 2  # replies whose code runs at a time
+
+PR_SET_DUMPABLE = 4  # <sys/prctl.h>
 
 _BLOCK = re.compile(r"^```[ \t]*(\w*)[^\n]*\n(.*?)(?:^```|\Z)", re.MULTILINE | re.DOTALL)
 
@@ -36,17 +35,37 @@ _BLOCK = re.compile(r"^```[ \t]*(\w*)[^\n]*\n(.*?)(?:^```|\Z)", re.MULTILINE | r
 class CodeChecker(TextChecker):
     """Runs the last code block of a reply, then the unit tests that are its answer, in one process with limits.
 
-    The limits: time, memory, size of files, number of processes; a temporary folder, no input, no output, none of our
-    environment variables. They guard against accidents. Malicious code can do harm, and code can cheat, because it
-    runs in the process of its tests. A process that leaves the process group survives the check, up to its CPU time.
+    In namespaces, if the kernel allows: then it sees and reaches nothing of ours. Code can cheat in any case, because
+    it runs in the process of its tests.
     """
 
-    def __init__(self, timeout_s: float = TIMEOUT_S) -> None:
-        """`timeout_s` for one reply: after it its processes are killed, and the reply is not correct."""
+    def __init__(self, timeout_s: float = TIMEOUT_S, unsafe: bool = False) -> None:
+        """Find out how this machine can run code.
+
+        Args:
+            timeout_s: for one reply: after it its processes are killed, and the reply is not correct.
+            unsafe: whether root runs code even without namespaces.
+
+        Raises:
+            ScenarioError: if it cannot, or only as root and without namespaces.
+        """
         super().__init__(TEXT)
         self.timeout_s = timeout_s
+        self.namespaces = _passes("", "", START_TIMEOUT_S, namespaces=True)
+        if not self.namespaces:
+            self._do_without_namespaces(unsafe)
         self._threads = ThreadPoolExecutor(max_workers=MAX_CONCURRENT)
-        if not _passes("", "", START_TIMEOUT_S):
+
+    def _do_without_namespaces(self, unsafe: bool) -> None:
+        if os.geteuid() == 0 and not unsafe:
+            raise ScenarioError(
+                "task.checker: python runs a model's code, here as root, and this machine allows it no namespaces: "
+                "run as another user, or write `unsafe: true` in the task if the code may do anything"
+            )
+        print("em-loadtest: code runs without namespaces: it can do what this user can", file=sys.stderr)
+        # No process of this user can then read our environment, with the API key, in /proc.
+        ctypes.CDLL(None).prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)
+        if not _passes("", "", START_TIMEOUT_S, namespaces=False):
             raise ScenarioError("task.checker: python cannot run code with limits on this machine")
 
     def normalize(self, given: str) -> str | None:
@@ -54,7 +73,7 @@ class CodeChecker(TextChecker):
         try:
             with warnings.catch_warnings(action="ignore"):
                 ast.parse(given)
-        except (SyntaxError, ValueError):
+        except (SyntaxError, ValueError, MemoryError, RecursionError):
             return None
         return given
 
@@ -71,14 +90,15 @@ class CodeChecker(TextChecker):
         code = self.find(reply)
         if code is None:
             return False
-        return await asyncio.get_running_loop().run_in_executor(self._threads, _passes, code, expected, self.timeout_s)
+        run = partial(_passes, code, expected, self.timeout_s, self.namespaces)
+        return await asyncio.get_running_loop().run_in_executor(self._threads, run)
 
     def close(self) -> None:
         """Wait for running checks."""
         self._threads.shutdown(cancel_futures=True)
 
 
-def _passes(code: str, tests: str, timeout_s: float) -> bool:
+def _passes(code: str, tests: str, timeout_s: float, namespaces: bool) -> bool:
     """Return whether code and tests ran to their end: only then the child sends back a token that it received.
 
     The exit status would not show it: `sys.exit(0)` before the tests has the same.
@@ -89,58 +109,9 @@ def _passes(code: str, tests: str, timeout_s: float) -> bool:
         for name, content in (("solution.py", code), ("tests.py", tests)):
             Path(folder, name).write_bytes(content.encode(errors="replace"))
         parent_end.sendall(token)
-        _run(folder, child_end.fileno(), timeout_s)
+        sandbox.run(os.path.realpath(folder), child_end.fileno(), LIMITS, timeout_s, namespaces=namespaces)
         parent_end.setblocking(False)
         try:
             return parent_end.recv(len(token)) == token
-        except BlockingIOError:
+        except OSError:  # nothing was sent, or the child never read the token
             return False
-
-
-def _run(folder: str, channel: int, timeout_s: float) -> None:
-    """Run the child until it ends or its time is up, then kill its process group."""
-    program = f"{inspect.getsource(_child_main)}\n_child_main({channel}, {CPU_S}, {MEMORY_BYTES}, {FILE_BYTES})"
-    one_thread = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
-    child = subprocess.Popen(
-        [sys.executable, "-I", "-c", program],
-        cwd=folder,
-        env={"PATH": os.defpath, "HOME": folder, "TMPDIR": folder, "LANG": "C.UTF-8"} | one_thread,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        pass_fds=[channel],
-        start_new_session=True,
-    )
-    with suppress(subprocess.TimeoutExpired):
-        child.wait(timeout_s)
-    with suppress(ProcessLookupError, PermissionError):
-        os.killpg(child.pid, signal.SIGKILL)
-    child.wait()
-
-
-def _child_main(channel: int, cpu_s: int, memory_bytes: int, file_bytes: int) -> None:
-    """Set limits, which only root can lift again, run the code and its tests, and return the token.
-
-    The child's complete program.
-    """
-    import glob
-    import os
-    import resource
-    import sys
-    import types
-    from pathlib import Path
-
-    os.set_inheritable(channel, False)
-    processes = len(glob.glob("/proc/[0-9]*/task/*")) + 256  # the limit counts all processes of the user; root has none
-    limits = {"CPU": cpu_s, "AS": memory_bytes, "FSIZE": file_bytes, "CORE": 0, "NPROC": processes}
-    for name, limit in limits.items():
-        kind = getattr(resource, f"RLIMIT_{name}")
-        hard_limit = resource.getrlimit(kind)[1]
-        limit = limit if hard_limit == resource.RLIM_INFINITY else min(limit, hard_limit)
-        resource.setrlimit(kind, (limit, limit))
-    sys.argv = ["solution.py"]
-    module = sys.modules["solution"] = types.ModuleType("solution")  # not __main__: skip what only scripts run
-    for code in [compile(Path(name).read_bytes(), name, "exec") for name in ("solution.py", "tests.py")]:
-        exec(code, vars(module))
-    os.write(channel, os.read(channel, 32))
-    os._exit(0)  # do not wait for threads that the code started

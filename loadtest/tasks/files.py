@@ -4,20 +4,18 @@ em_train/prompts.py reads JSONL too, but loadtest and em_train may not import ea
 share do not justify a package for both.
 """
 
-import json
 import re
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from loadtest.inputs import parse_json, read_text, shortened
 from loadtest.scenario import FileTask, PresetTask, ScenarioError
 from loadtest.tasks.base import LoadedTask, Question
 from loadtest.tasks.checkers import build_checker
 from loadtest.tasks.presets import QUESTION, FileFormat
 from loadtest.tasks.text_checkers import TextChecker
-
-MAX_SHOWN = 80  # characters of a value in an error
 
 
 def load_file(task: FileTask | PresetTask, file_format: FileFormat) -> LoadedTask:
@@ -29,11 +27,11 @@ def load_file(task: FileTask | PresetTask, file_format: FileFormat) -> LoadedTas
     if QUESTION not in file_format.prompt:
         raise ScenarioError(f"task.prompt: got {file_format.prompt!r}; must contain {QUESTION}")
     pattern = _compiled(file_format.pattern)
-    checker = build_checker(file_format.checker)
+    checker = build_checker(file_format.checker, task.unsafe)
     try:
         rows = enumerate(islice(_rows(task.path), task.count))
         questions = [_question(index, place, row, file_format, pattern, checker) for index, (place, row) in rows]
-    except ScenarioError as error:
+    except ValueError as error:
         checker.close()
         raise ScenarioError(f"{task.path}: {error}") from None
     return LoadedTask(task.type, questions, checker)
@@ -42,7 +40,7 @@ def load_file(task: FileTask | PresetTask, file_format: FileFormat) -> LoadedTas
 def _compiled(pattern: str | None) -> re.Pattern[str]:
     try:
         return re.compile(r"(?s:.*)" if pattern is None else pattern)
-    except re.error as error:
+    except (re.error, OverflowError, RecursionError) as error:
         raise ScenarioError(f"task.answer_pattern: got {pattern!r}; {error}") from None
 
 
@@ -51,10 +49,7 @@ def _compiled(pattern: str | None) -> re.Pattern[str]:
 
 def _rows(path: Path) -> Iterator[tuple[str, Any]]:
     """Yield the values of a JSONL file, or of one JSON array, each with its place ("line 3")."""
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ScenarioError(str(error)) from None
+    text = read_text(path)
     rows = _array_items(text) if text.lstrip().startswith("[") else _lines(text)
     first = next(rows, None)
     if first is None:
@@ -76,8 +71,8 @@ def _lines(text: str) -> Iterator[tuple[str, Any]]:
 
 def _parsed(text: str, place: str) -> Any:
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
+        return parse_json(text)
+    except ValueError as error:
         raise ScenarioError(f"{place}: is no JSON: {error}") from None
 
 
@@ -88,7 +83,7 @@ def _question(
     index: int, place: str, row: Any, file_format: FileFormat, pattern: re.Pattern[str], checker: TextChecker
 ) -> Question:
     if not isinstance(row, dict):
-        raise ScenarioError(f"{place}: got {_shortened(row)}; must be a JSON object")
+        raise ScenarioError(f"{place}: got {shortened(row)}; must be a JSON object")
     question_field = _field(row, file_format.question, place)
     answer_field = _field(row, file_format.answer, place)
     text = _text(row[question_field], f"{place}: {question_field}")
@@ -98,7 +93,7 @@ def _question(
     if answer is None:
         no_match = f"nothing matches {file_format.pattern!r}"
         problem = f"is no answer for the checker {file_format.checker}" if found else no_match
-        raise ScenarioError(f"{place}: {answer_field}: got {_shortened(given)}; {problem}")
+        raise ScenarioError(f"{place}: {answer_field}: got {shortened(given)}; {problem}")
     return Question(index, file_format.prompt.replace(QUESTION, text), answer)
 
 
@@ -114,12 +109,11 @@ def _text(value: object, place: str) -> str:
     if isinstance(value, list) and value and all(isinstance(line, str) for line in value):
         value = "\n".join(value)
     if isinstance(value, bool) or not isinstance(value, str | int | float):
-        raise ScenarioError(f"{place}: got {_shortened(value)}; must be text or a number")
+        raise ScenarioError(f"{place}: got {shortened(value)}; must be text or a number")
     if not str(value).strip():
         raise ScenarioError(f"{place}: is empty")
+    try:
+        str(value).encode()
+    except UnicodeEncodeError:
+        raise ScenarioError(f"{place}: got {shortened(value)}; has half of a surrogate pair") from None
     return str(value)
-
-
-def _shortened(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= MAX_SHOWN else text[: MAX_SHOWN - 3] + "..."

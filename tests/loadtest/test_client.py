@@ -1,11 +1,13 @@
 """Requests to the mock server over real HTTP: times, counts, and errors of replies that break off."""
 
 import asyncio
+import gzip
 from typing import Any
 
 import pytest
 
-from loadtest.client import Client, api_root
+from loadtest import client
+from loadtest.client import Client
 from loadtest.measurements import MeasuredRequest
 from loadtest.scenario import Limits
 from tests.loadtest.mock_server import Served, serve
@@ -21,12 +23,6 @@ def send(served: Served, *bodies: dict[str, Any], **limits: float) -> list[Measu
             return [await client.send(body, began) for body in bodies]
 
     return asyncio.run(run())
-
-
-def test_the_base_url_may_end_in_v1_or_a_slash() -> None:
-    for written in ("http://h:1", "http://h:1/", "http://h:1/v1", "http://h:1/v1/"):
-        assert api_root(written) == "http://h:1/v1"
-    assert api_root("http://h/prefix/v1") == "http://h/prefix/v1"
 
 
 def test_a_stream_is_timed_from_its_first_content_to_its_end() -> None:
@@ -91,12 +87,13 @@ def test_without_usage_chunks_are_counted() -> None:
     assert (measured.status, measured.output_tokens, measured.delivered_tokens) == ("ok", None, 7)
 
 
-@pytest.mark.parametrize("reply", [b"data: {\n\n", b"data: []\n\n", b'data: {"x": 1}\n\n', b"data: 7\n\n", b"\xff\xfe"])
-def test_a_reply_that_is_no_completion_is_an_error_of_the_request(reply: bytes) -> None:
+def answered(reply: bytes, headers: bytes = b"") -> MeasuredRequest:
+    """Send a request to a server that answers with these bytes and then closes the connection."""
+
     async def run() -> MeasuredRequest:
         async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
             await reader.readuntil(b"\r\n\r\n")
-            writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(reply) + reply)
+            writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n%b\r\n" % (len(reply), headers) + reply)
             await writer.drain()
             writer.close()
 
@@ -104,9 +101,49 @@ def test_a_reply_that_is_no_completion_is_an_error_of_the_request(reply: bytes) 
         async with server, Client(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}", None, Limits()) as client:
             return await client.send(STREAM, 0.0)
 
-    measured = asyncio.run(run())
+    return asyncio.run(run())
+
+
+@pytest.mark.parametrize("reply", [b"data: {\n\n", b"data: []\n\n", b'data: {"x": 1}\n\n', b"data: 7\n\n", b"\xff\xfe"])
+def test_a_reply_that_is_no_completion_is_an_error_of_the_request(reply: bytes) -> None:
+    measured = answered(reply)
     assert measured.status == "failed"
     assert measured.error is not None and measured.error.split(":")[0] in ("unreadable", "broke off")
+
+
+COMPLETE = b'data: {"choices": [{"delta": {"content": "4"}, "finish_reason": "stop"}]}\n\ndata: [DONE]'
+
+
+def test_a_stream_may_end_without_an_empty_line_and_be_compressed() -> None:
+    for measured in (answered(COMPLETE), answered(gzip.compress(COMPLETE), b"Content-Encoding: gzip\r\n")):
+        assert (measured.status, measured.error, measured.text) == ("ok", None, "4")
+        assert not measured.without_done
+
+
+def test_a_broken_encoding_and_a_reply_without_bounds_are_errors(monkeypatch: pytest.MonkeyPatch) -> None:
+    measured = answered(COMPLETE, b"Content-Encoding: gzip\r\n")
+    assert measured.status == "failed"
+    assert measured.error is not None and measured.error.startswith("connection: DecodingError")
+    monkeypatch.setattr(client, "MAX_REPLY_BYTES", 2048)
+    measured = answered(b": ping\n\n" * 1000 + COMPLETE)
+    assert (measured.status, measured.error) == ("failed", "unreadable: the response is larger than 2 KiB")
+
+
+@pytest.mark.slow
+def test_a_connection_that_stays_open_after_the_end_is_not_waited_for() -> None:
+    async def run() -> MeasuredRequest:
+        async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            await reader.readuntil(b"\r\n\r\n")
+            writer.write(b"HTTP/1.1 200 OK\r\n\r\n" + COMPLETE + b"\n\n")
+            await reader.read()
+
+        server = await asyncio.start_server(answer, "127.0.0.1", 0)
+        limits = Limits(stall_s=300)  # a hang would be seen by the test's own timeout
+        async with server, Client(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}", None, limits) as opened:
+            return await opened.send(STREAM, 0.0)
+
+    measured = asyncio.run(asyncio.wait_for(run(), 120))
+    assert (measured.status, measured.error, measured.text) == ("ok", None, "4")
 
 
 def test_connections_are_reused() -> None:

@@ -87,6 +87,33 @@ def test_a_config_overrides_fields_and_null_removes_one() -> None:
     assert body["messages"][0] == {"role": "system", "content": "Be brief."}
 
 
+def test_a_seed_of_null_is_not_sent_by_one_config_or_by_all() -> None:
+    with serve(tokens=1) as served:
+        run(served, arms={"none": {"body": {"seed": None}}, "vote": {"vote": {"n": 2}, "body": {"seed": None}}})
+        assert not any("seed" in body for body in served.mock.bodies)
+        stages = run(served, arms={"none": {"body": {"seed": None}}, "some": None}, warmup=0)
+    for stage in stages:
+        seeds = {request.seed for question in stage.questions for request in question.requests}
+        assert (seeds == {None}) is (stage.config == "none")
+    with serve(tokens=1) as served:
+        run(served, request={"seed": None})
+        assert not any("seed" in body for body in served.mock.bodies)
+
+
+def test_all_seeds_fit_32_bits_those_of_the_warm_up_and_of_late_repetitions_too() -> None:
+    with serve(tokens=1) as served:
+        run(served, repetitions=6, arms={"a": {"vote": {"n": 2}}})
+        seeds = [body["seed"] for body in served.mock.bodies]
+    assert len(seeds) == 6 * 2 * (10 + 3)
+    assert all(0 <= seed < 2**31 for seed in seeds)
+
+
+def test_a_request_that_is_not_streamed_has_no_stream_options() -> None:
+    with serve(tokens=1) as served:
+        run(served, request={"stream": False})
+        assert not any(body["stream"] or "stream_options" in body for body in served.mock.bodies)
+
+
 def test_the_servers_counters_count_the_stage_alone() -> None:
     with serve(tokens=7) as served:
         stages = run(served)

@@ -60,12 +60,20 @@ def mock_server(script: mock.Script) -> Iterator[tuple[str, int]]:
         process.wait()
 
 
+async def _answers(client: Client) -> bool:
+    try:
+        await client.get(f"{client.root}/models")
+    except ValueError:
+        return False
+    return True
+
+
 async def measure(url: str, process_id: int, in_flight: int, gap_s: float, options: argparse.Namespace) -> str:
     """Generate the load, and return what came of it as one line. `gap_s`: the mock's time between two chunks."""
     reply_s = gap_s * (1 + options.tokens)
     busy = time.process_time()
     async with Client(url, None, Limits()) as client:
-        while await client.get("/v1/models") is None:
+        while not await _answers(client):
             await asyncio.sleep(0.1)
         requests: list[MeasuredRequest] = []
 
