@@ -246,8 +246,6 @@ def test_pods_are_hardened_and_have_the_volumes_they_write_to(rendered: Manifest
         assert shm == (f"{2 * node.gpus}Gi" if node.gpus else "1Gi")
         folders = [each["emptyDir"] for each in volumes.values() if "emptyDir" in each]
         on_disk = [each for each in folders if "medium" not in each]
-            each["emptyDir"] for each in volumes.values() if "emptyDir" in each and "medium" not in each["emptyDir"]
-        ]
         sizes = [int(each["sizeLimit"].removesuffix("Gi")) for each in on_disk]
         limit = int(resources["limits"]["ephemeral-storage"].removesuffix("Gi"))
         assert sum(sizes) < limit and "ephemeral-storage" in resources["requests"]

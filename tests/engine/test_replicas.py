@@ -158,7 +158,7 @@ def test_a_replica_that_is_killed_and_one_that_drains_lose_no_request(replicas: 
 
     replies, streams, others = asyncio.run(load(balancer, kill))
     assert all(expected[question] == reply for question, reply in replies)
-    # Only those that the killed replica had begun: its share of the twelve, and a few. HAProxy does not send them again,
+    # Only those that the killed replica had begun: its share of the twelve, and a few. HAProxy does not send them on,
     # as any of them may be what ended the replica; it sends those on whose connection failed.
     assert 0 < streams <= 6 and others <= 6
 
