@@ -6,19 +6,17 @@
 # scripts/image-build.sh does the same and sets VERSION, from pyproject.toml, and REVISION, the commit.
 
 ARG PYTHON_IMAGE=python:3.11.15-slim-bookworm
-# The newest release that `make compat` has checked.
-ARG VLLM_IMAGE=vllm/vllm-openai:v0.33.0
+# The release that requirements/cuda.lock pins. A release build (scripts/image-build.sh) takes both by digest.
+ARG VLLM_IMAGE=vllm/vllm-openai:v0.32.0
 
-# The files of this repository that both images install, with the scripts that install them.
+# The files of this repository that both images install, with the scripts that install them: what serves, and no more.
 FROM scratch AS source
-COPY scripts/image-project.sh scripts/pinned.sh /scripts/
+COPY scripts/image-project.sh scripts/image-notices.py scripts/pinned.sh /scripts/
 COPY requirements/cpu.lock requirements/cuda.lock /requirements/
 COPY pyproject.toml README.md LICENSE /
 COPY answers /answers
 COPY em_sampler /em_sampler
-COPY em_train /em_train
 COPY server /server
-COPY loadtest /loadtest
 COPY demo /demo
 
 # Packages first: they take minutes to install and seldom change.
@@ -27,8 +25,7 @@ WORKDIR /src
 COPY scripts/image-packages.sh scripts/pinned.sh scripts/
 COPY requirements/cpu.lock requirements/cpu-dev.lock requirements/torch-cpu.txt requirements/
 RUN ["scripts/image-packages.sh", "/opt/em", "cpu"]
-COPY --from=source / /source
-RUN ["/source/scripts/image-project.sh", "/opt/em/bin/python", "cpu"]
+RUN --mount=type=bind,from=source,target=/source ["/source/scripts/image-project.sh", "/opt/em/bin/python", "cpu"]
 
 FROM ${PYTHON_IMAGE} AS cpu
 COPY scripts/image-system.sh /usr/local/sbin/
@@ -56,8 +53,7 @@ FROM ${VLLM_IMAGE} AS cuda
 USER 0
 COPY scripts/image-system.sh /usr/local/sbin/
 RUN ["image-system.sh"]
-COPY --from=source / /opt/em-inf-server
-RUN ["/opt/em-inf-server/scripts/image-project.sh", "python3", "cuda"]
+RUN --mount=type=bind,from=source,target=/source ["/source/scripts/image-project.sh", "python3", "cuda"]
 # torch loads compiled code from this folder. Its default is under /tmp, which is often mounted noexec.
 ENV TORCHINDUCTOR_CACHE_DIR=/home/em/.cache/torchinductor
 ENV PYTHONUNBUFFERED=1 HOME=/home/em HF_HOME=/models VLLM_NO_USAGE_STATS=1 DO_NOT_TRACK=1

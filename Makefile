@@ -14,7 +14,7 @@ When it says "Application startup complete", from another terminal:
 endef
 export TRY
 
-.PHONY: help install serve test test-all bench bench-serving loadtest image check format compat lock clean
+.PHONY: help install serve test test-all bench bench-serving loadtest image sbom check format compat lock clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' Makefile
@@ -45,6 +45,9 @@ loadtest: install ## serve the demo model and run the standard comparison on it 
 
 image: ## build the image em-inf-server:cpu; TARGET=cuda, BUILDER=docker, podman or buildah, ARGS="its flags"
 	@scripts/image-build.sh $(or $(TARGET),cpu) $(ARGS)
+
+sbom: install ## list what the cpu image installs, as build/sbom/cpu.cdx.json (CycloneDX)
+	@scripts/sbom.sh build/sbom/cpu.cdx.json
 
 check: install ## check formatting and lint with ruff, types with mypy, layers with import-linter
 	.venv/bin/ruff format --check .

@@ -1,14 +1,15 @@
 """The checkpoints in a run's folder: which one to resume from, and errors while one is written."""
 
 import contextlib
-import json
 import re
 import shutil
 import sys
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
+from transformers import TrainerState
 
 from em_train.prompts import InputError
 from em_train.run_report import check_same_settings
@@ -17,6 +18,7 @@ from em_train.settings import TrainSettings
 CHECKPOINTS_DIR = "checkpoints"
 STATE_NAME = "trainer_state.json"  # the last file that a trainer writes into a checkpoint
 
+CHECKPOINT_NAME = re.compile("checkpoint-([0-9]{1,18})")
 # torch.save reports a full disk by a RuntimeError with one of these texts.
 WRITE_ERROR = re.compile("PytorchStreamWriter|inline_container|iostream error")
 
@@ -43,8 +45,9 @@ def prepare_folder(settings: TrainSettings) -> Path | None:
 
 def list_checkpoints(settings: TrainSettings) -> list[Path]:
     """Return the run's checkpoints in the order of their steps."""
-    folders = (settings.out / CHECKPOINTS_DIR).glob("checkpoint-*")
-    return sorted(folders, key=lambda path: int(path.name.split("-")[1]))
+    steps = {path: CHECKPOINT_NAME.fullmatch(path.name) for path in (settings.out / CHECKPOINTS_DIR).glob("*")}
+    found = {path: int(match[1]) for path, match in steps.items() if match and path.is_dir()}
+    return sorted(found, key=found.__getitem__)
 
 
 @contextlib.contextmanager
@@ -59,8 +62,14 @@ def write_errors_as_oserror(settings: TrainSettings) -> Iterator[None]:
 
 
 def _is_complete(checkpoint: Path) -> bool:
+    """Return whether a trainer can go on from it, as far as can be told without reading the weights."""
     try:
-        json.loads((checkpoint / STATE_NAME).read_text())
-    except (OSError, ValueError):
+        state = TrainerState.load_from_json(str(checkpoint / STATE_NAME))
+        evaluated = [row for row in state.log_history if "eval_entropy" in row]
+        for path in checkpoint.glob("*.safetensors"):
+            with safe_open(path, "pt"):
+                pass
+    except Exception:  # anything may be wrong with a file
         return False
-    return True
+    saved_by_torch = [*checkpoint.glob("*.pt"), *checkpoint.glob("*.pth")]
+    return type(state.global_step) is int and bool(evaluated) and all(map(zipfile.is_zipfile, saved_by_torch))

@@ -24,8 +24,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from em_train.run import run
 
             outcome = run(settings)
-    except ModuleNotFoundError as error:
-        print(f"em-train: {error.name} is not installed: pip install 'em-inf-server[train]'", file=sys.stderr)
+    except ImportError as error:
+        problem = f"{error.name} is not installed" if isinstance(error, ModuleNotFoundError) else error
+        print(f"em-train: {problem}: pip install 'em-inf-server[train]'", file=sys.stderr)
         return 2
     except InputError as error:
         print(f"em-train: {error}", file=sys.stderr)

@@ -1,28 +1,47 @@
 """What a run trains on: prompts or a file of outputs, in the order in which the steps use them."""
 
 import random
+from dataclasses import dataclass
 from typing import Any
 
 from em_train import outputs
-from em_train.prompts import InputError, Prompt, read_jsonl, read_prompts
+from em_train.fingerprint import fingerprint_of
+from em_train.prompts import InputError, Prompt, parse_prompt, read_jsonl, read_prompts, shorten
 from em_train.settings import FtSettings, RlSettings, TrainSettings
 
-Rows = list[tuple[Prompt, dict[str, Any]]]  # of a file that `em-train sample` wrote
+
+@dataclass(frozen=True)
+class Sampled:
+    """A row of a file that `em-train sample` wrote.
+
+    Attributes:
+        prompt: what was asked.
+        output: the answer's text.
+        token_ids: the answer's tokens; empty if the file has none.
+        tokenizer: the fingerprint of the tokenizer of `token_ids`; None in older files.
+        is_ended: whether the model ended the answer itself.
+        place: file and line, for errors.
+    """
+
+    prompt: Prompt
+    output: str
+    token_ids: list[int]
+    tokenizer: str | None
+    is_ended: bool
+    place: str
 
 
-def read(settings: TrainSettings) -> tuple[list[Prompt], Rows]:
+def read(settings: TrainSettings) -> tuple[list[Prompt], list[Sampled]]:
     """Return the prompts, and the rows of the file of outputs (none without --outputs).
 
     Raises:
         InputError: if a file cannot be read, is empty, or lacks a field that the training needs.
     """
     if isinstance(settings, FtSettings) and settings.outputs is not None:
-        rows = [
-            (_parse_sampled(row, f"{settings.outputs}: {place}"), row) for place, row in read_jsonl(settings.outputs)
-        ]
+        rows = [_parse_sampled(row, f"{settings.outputs}: {place}") for place, row in read_jsonl(settings.outputs)]
         if not rows:
             raise InputError(f"--outputs: {settings.outputs} has no rows")
-        return list({prompt.key: prompt for prompt, _ in rows}.values()), rows
+        return list({row.prompt.key: row.prompt for row in rows}.values()), rows
     assert settings.prompts is not None
     prompts = read_prompts(settings.prompts, settings.prompt_column, settings.split, settings.limit)
     if isinstance(settings, RlSettings) and settings.reward == "correct" and any(p.answer is None for p in prompts):
@@ -30,12 +49,26 @@ def read(settings: TrainSettings) -> tuple[list[Prompt], Rows]:
     return prompts, []
 
 
-def ft_dataset(settings: FtSettings, tokenizer: Any, prompts: list[Prompt], rows: Rows) -> list[dict[str, list[int]]]:
-    """Return the rows of an `EntropyTrainer`, `batch_size` for each step."""
-    chosen = [prompt for prompt, _ in rows] or prompts
+def ft_dataset(
+    settings: FtSettings, tokenizer: Any, vocabulary_size: int, prompts: list[Prompt], rows: list[Sampled]
+) -> list[dict[str, list[int]]]:
+    """Return the rows of an `EntropyTrainer`, `batch_size` for each step.
+
+    Raises:
+        InputError: if the token ids of a row are not of this tokenizer, or if a row has nothing to train on.
+    """
+    chosen = [row.prompt for row in rows] or prompts
     encoded = [{"prompt_ids": outputs.encode(tokenizer, prompt, settings.plain)} for prompt in chosen]
-    for row, (_, sampled) in zip(encoded, rows, strict=False):
-        row["output_ids"] = _output_ids(tokenizer, sampled)[: settings.max_tokens]
+    own = fingerprint_of(tokenizer)
+    for ids, row in zip(encoded, rows, strict=False):
+        if row.token_ids and row.tokenizer not in (None, own):
+            problem = f"token_ids: are of the tokenizer {row.tokenizer}; --model has {own}"
+            raise InputError(f"{row.place}: {problem}: sample with this model, or remove `token_ids` from the file")
+        ids["output_ids"] = _output_ids(tokenizer, row)[: settings.max_tokens]
+        if beyond := [i for i in ids["output_ids"] if not 0 <= i < vocabulary_size]:
+            raise InputError(f"{row.place}: token_ids: got {beyond[0]}; must be from 0 to {vocabulary_size - 1}")
+        if not ids["output_ids"]:
+            raise InputError(f"{row.place}: output: got {row.output!r}; must have a token to train on")
     return [encoded[i] for i in shuffled_order(len(chosen), settings.steps * settings.batch_size, settings.seed)]
 
 
@@ -60,18 +93,24 @@ def shuffled_order(count: int, needed: int, seed: int) -> list[int]:
     return order[:needed]
 
 
-def _parse_sampled(row: dict[str, Any], place: str) -> Prompt:
+def _parse_sampled(row: dict[str, Any], place: str) -> Sampled:
     if "prompt" not in row or not isinstance(row.get("output"), str):
         raise InputError(f"{place}: has no `prompt` and `output`; must be a file that `em-train sample` wrote")
-    return Prompt(row["prompt"], row.get("answer"))
+    ids, tokenizer = row.get("token_ids") or [], row.get("tokenizer")
+    if not isinstance(ids, list) or any(type(i) is not int for i in ids):
+        raise InputError(f"{place}: token_ids: got {shorten(ids)}; must be a list of whole numbers")
+    if not isinstance(tokenizer, str | None):
+        raise InputError(f"{place}: tokenizer: got {shorten(tokenizer)}; must be text")
+    prompt = parse_prompt(row, "prompt", place)
+    return Sampled(prompt, row["output"], ids, tokenizer, row.get("finish_reason") == "stop", place)
 
 
-def _output_ids(tokenizer: Any, row: dict[str, Any]) -> list[int]:
+def _output_ids(tokenizer: Any, row: Sampled) -> list[int]:
     """Return the sampled tokens; without them in the file, the text's tokens and its end token if it ended."""
-    if row.get("token_ids"):
-        return list(row["token_ids"])
-    ended = [tokenizer.eos_token_id] if row.get("finish_reason") == "stop" else []
-    return list(tokenizer(row["output"], add_special_tokens=False)["input_ids"]) + ended
+    if row.token_ids:
+        return row.token_ids
+    ended = [tokenizer.eos_token_id] if row.is_ended and tokenizer.eos_token_id is not None else []
+    return list(tokenizer(row.output, add_special_tokens=False)["input_ids"]) + ended
 
 
 def _for_trl(settings: RlSettings, tokenizer: Any, prompt: Prompt) -> Any:

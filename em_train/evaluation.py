@@ -55,7 +55,7 @@ def plan_evaluation(settings: TrainSettings, model: Any, tokenizer: Any, prompts
     Raises:
         InputError: if the held-out prompts cannot be used, or a prompt and its output exceed the model's positions.
     """
-    held_out = read_prompts(settings.held_out) if settings.held_out else []
+    held_out = read_prompts(settings.held_out, flag="--held-out") if settings.held_out else []
     if any(prompt.answer is None for prompt in held_out):
         raise InputError(f"--held-out: {settings.held_out} has a row without `answer`")
     encoded, encoded_held_out = (

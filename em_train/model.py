@@ -21,16 +21,18 @@ def load(settings: Settings) -> tuple[Any, Any]:
     """Return the tokenizer and the model, in float32: steps of 1e-6 would be lost in bfloat16 weights.
 
     Raises:
-        InputError: if transformers cannot load `settings.model`.
+        InputError: if transformers cannot load `settings.model`, or it cannot pad.
     """
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(settings.model)
-        model = AutoModelForCausalLM.from_pretrained(settings.model, dtype=torch.float32)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().split("\n")[0]
+    try:  # trust_remote_code: transformers would ask on a terminal
+        tokenizer = AutoTokenizer.from_pretrained(settings.model, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_pretrained(settings.model, dtype=torch.float32, trust_remote_code=False)
+    except Exception as error:  # a folder with anything in it, a hub, a proxy, a package that a model needs: anything
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
         raise InputError(f"--model: got {settings.model!r}; no model that transformers loads: {reason}") from None
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.pad_token_id is None:
+        raise InputError(f"--model: got {settings.model!r}; its tokenizer must have a padding token or an end token")
     return tokenizer, model
 
 
@@ -67,7 +69,7 @@ def lora_config(settings: TrainSettings) -> LoraConfig | None:
     return LoraConfig(r=settings.lora_rank, lora_alpha=alpha, target_modules="all-linear", task_type="CAUSAL_LM")
 
 
-def check_context_length(settings: TrainSettings, model: Any, longest_prompt: int) -> None:
+def check_context_length(settings: Settings, model: Any, longest_prompt: int) -> None:
     """Check that the longest prompt (tokens) and an output of `max_tokens` fit into the model's positions.
 
     Raises:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from em_train.prompts import Prompt
+from em_train.prompts import InputError, Prompt, shorten
 
 IGNORED = -100  # the label of a token that is not part of an output
 GENERATION_BATCH_SIZE = 64  # prompts decoded side by side
@@ -45,18 +45,41 @@ def encode(tokenizer: Any, prompt: Prompt, no_chat_template: bool = False) -> li
     """Return a prompt's token ids, up to where the output begins.
 
     Text is encoded as it is if `no_chat_template` is set or the tokenizer has no template.
+
+    Raises:
+        InputError: if there is no chat template for chat turns, it refuses them, or no token results.
     """
     if isinstance(prompt.content, str) and (no_chat_template or not tokenizer.chat_template):
-        return list(tokenizer(prompt.content)["input_ids"])
-    encoded = tokenizer.apply_chat_template(prompt.messages, add_generation_prompt=True, return_dict=True)
+        ids = list(tokenizer(prompt.content)["input_ids"])
+    elif not tokenizer.chat_template:
+        raise InputError("--model: its tokenizer has no chat template, and a prompt is chat turns; must be text")
+    else:
+        ids = _apply_chat_template(tokenizer, prompt)
+    if not ids:
+        raise InputError(f"a prompt has no tokens: got {shorten(prompt.content)}")
+    return ids
+
+
+def _apply_chat_template(tokenizer: Any, prompt: Prompt) -> list[int]:
+    try:
+        encoded = tokenizer.apply_chat_template(prompt.messages, add_generation_prompt=True, return_dict=True)
+    except Exception as error:  # a template is a program, and may fail in any way
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        raise InputError(f"--model: its chat template refuses {shorten(prompt.messages)}: {reason}") from None
     return list(encoded["input_ids"])
 
 
 def find_eos_ids(model: Any, tokenizer: Any) -> list[int]:
-    """Return the tokens that end an output: the tokenizer's and those in the model's generation config."""
+    """Return the tokens that end an output: the tokenizer's and those in the model's generation config.
+
+    Raises:
+        InputError: if the generation config has something else than numbers there.
+    """
     declared = model.generation_config.eos_token_id
-    declared = [declared] if isinstance(declared, int) else declared or []
-    return sorted({*declared, tokenizer.eos_token_id} - {None})
+    listed = declared if isinstance(declared, list) else [] if declared is None else [declared]
+    if any(type(each) is not int for each in listed):
+        raise InputError(f"--model: eos_token_id: got {shorten(declared)}; must be a number or a list of numbers")
+    return sorted({*listed, tokenizer.eos_token_id} - {None})
 
 
 def collate(pairs: Sequence[tuple[list[int], list[int]]], pad_id: int) -> Batch:

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,9 @@ class Prompt:
         return hashlib.sha256(json.dumps(self.content, ensure_ascii=False).encode()).hexdigest()[:16]
 
 
-def read_prompts(source: str, column: str = "prompt", split: str = "train", limit: int | None = None) -> list[Prompt]:
+def read_prompts(
+    source: str, column: str = "prompt", split: str = "train", limit: int | None = None, flag: str = "--prompts"
+) -> list[Prompt]:
     """Return the distinct prompts of `source`, in the order of the data.
 
     Args:
@@ -46,14 +48,15 @@ def read_prompts(source: str, column: str = "prompt", split: str = "train", limi
         column: the field that holds the prompt.
         split: the split of a dataset.
         limit: the most distinct prompts to return.
+        flag: the setting that an error names.
 
     Raises:
         InputError: if the data cannot be read, has no rows, or a row is malformed.
     """
     found: dict[str, Prompt] = {}
-    rows = read_jsonl(Path(source)) if Path(source).is_file() else _load_dataset(source, split)
+    rows = read_jsonl(Path(source)) if Path(source).is_file() else _load_dataset(source, split, flag)
     for place, row in rows:
-        prompt = _parse_prompt(row, column, f"{source}: {place}")
+        prompt = parse_prompt(row, column, f"{source}: {place}")
         found.setdefault(prompt.key, prompt)
         if len(found) == limit:
             break
@@ -77,41 +80,49 @@ def read_jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             continue
         try:
             row = json.loads(line)
+            if "\\u" in line:
+                json.dumps(row, ensure_ascii=False).encode()  # refuses half of a surrogate pair, which is no text
         except (ValueError, RecursionError) as error:
             raise InputError(f"{path}: line {number}: is no JSON: {error}") from None
         if not isinstance(row, dict):
-            raise InputError(f"{path}: line {number}: got {_shorten(row)}; must be a JSON object")
+            raise InputError(f"{path}: line {number}: got {shorten(row)}; must be a JSON object")
         yield f"line {number}", row
 
 
-def _load_dataset(name: str, split: str) -> Iterable[tuple[str, dict[str, Any]]]:
+def _load_dataset(name: str, split: str, flag: str) -> Iterator[tuple[str, dict[str, Any]]]:
     import datasets
 
     try:
-        data = datasets.load_dataset(name, split=split)
+        for index, row in enumerate(datasets.load_dataset(name, split=split)):
+            yield f"row {index}", row
     except Exception as error:
-        reason = str(error).split("\n")[0] or type(error).__name__
-        raise InputError(f"--prompts: {name!r} is no file, and no dataset that loads: {reason}") from None
-    return ((f"row {index}", row) for index, row in enumerate(data))
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        raise InputError(f"{flag}: {name!r} is no file, and no dataset that loads: {reason}") from None
 
 
-def _parse_prompt(row: dict[str, Any], column: str, place: str) -> Prompt:
+def parse_prompt(row: dict[str, Any], column: str, place: str) -> Prompt:
+    """Return the prompt in a field of a row, with the row's `answer`.
+
+    Raises:
+        InputError: if there is none; begins with `place`.
+    """
     if column not in row:
         raise InputError(f"{place}: has no field {column!r}; has {', '.join(row) or 'none'}")
     content, answer = row[column], row.get("answer")
     if isinstance(content, list):
         content = [_parse_turn(turn, f"{place}: {column}") for turn in content]
     if not content or not isinstance(content, str | list) or (isinstance(content, str) and not content.strip()):
-        raise InputError(f"{place}: {column}: got {_shorten(row[column])}; must be text or a list of chat turns")
+        raise InputError(f"{place}: {column}: got {shorten(row[column])}; must be text or a list of chat turns")
     return Prompt(content, None if answer is None else str(answer))
 
 
 def _parse_turn(turn: Any, place: str) -> dict[str, str]:
     if not (isinstance(turn, dict) and isinstance(turn.get("role"), str) and isinstance(turn.get("content"), str)):
-        raise InputError(f'{place}: got {_shorten(turn)}; a turn must be {{"role": ..., "content": ...}}, both text')
+        raise InputError(f'{place}: got {shorten(turn)}; a turn must be {{"role": ..., "content": ...}}, both text')
     return {"role": turn["role"], "content": turn["content"]}
 
 
-def _shorten(value: object) -> str:
+def shorten(value: object) -> str:
+    """Return a value as an error message shows it."""
     text = repr(value)
     return text if len(text) <= MAX_SHOWN_CHARS else text[: MAX_SHOWN_CHARS - 3] + "..."

@@ -21,6 +21,7 @@ def run(settings: TrainSettings) -> str:
         OSError: if the disk fails; what had been written before is complete.
     """
     check_base_can_load(settings)
+    trainers.check_reporter(settings)
     checkpoint = checkpoints.prepare_folder(settings)
     prompts, rows = data.read(settings)
     tokenizer, model = load(settings)

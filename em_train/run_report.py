@@ -9,7 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from em_train.data import Rows
+from em_train.data import Sampled
 from em_train.prompts import InputError, Prompt
 from em_train.settings import TrainSettings
 
@@ -21,9 +21,11 @@ CURVES = ("step", "entropy", "length", "repetition", "score", "keep")  # of the 
 class RunReport:
     """The report of one run. Written when the run begins, so that a killed run has one too, and again when it ends."""
 
-    def __init__(self, settings: TrainSettings, prompts: Sequence[Prompt], rows: Rows, trainer: Any) -> None:
+    def __init__(
+        self, settings: TrainSettings, prompts: Sequence[Prompt], rows: Sequence[Sampled], trainer: Any
+    ) -> None:
         self._trainer = trainer
-        keys = [prompt.key for prompt in prompts] + [row["output"] for _, row in rows]
+        keys = [prompt.key for prompt in prompts] + [row.output for row in rows]
         self._facts = {
             "command": type(settings).__name__.removesuffix("Settings").lower(),
             "settings": _comparable(settings),
@@ -90,8 +92,8 @@ def check_same_settings(settings: TrainSettings) -> None:
         InputError: if there is no run, or if a setting differs; names the first.
     """
     try:
-        begun = json.loads((settings.out / JSON_NAME).read_text())["settings"]
-    except (OSError, ValueError, KeyError):
+        begun = dict(json.loads((settings.out / JSON_NAME).read_text())["settings"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         raise InputError(f"--resume: {settings.out} holds no run to go on with") from None
     now = _comparable(settings)
     if different := [name for name in now if now[name] != begun.get(name)]:

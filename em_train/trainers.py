@@ -24,7 +24,7 @@ def build_trainer(
     model: Any,
     tokenizer: Any,
     prompts: list[Prompt],
-    rows: data.Rows,
+    rows: list[data.Sampled],
 ) -> Any:
     """Return the trainer that the settings ask for, with its dataset and its evaluation plan.
 
@@ -46,13 +46,13 @@ def _build_ft(
     model: Any,
     tokenizer: Any,
     prompts: list[Prompt],
-    rows: data.Rows,
+    rows: list[data.Sampled],
 ) -> Any:
     from trl.trainer.utils import disable_dropout_in_model
 
     from em_train.ft import EntropyTrainer
 
-    dataset = data.ft_dataset(settings, tokenizer, prompts, rows)
+    dataset = data.ft_dataset(settings, tokenizer, model.get_input_embeddings().num_embeddings, prompts, rows)
     disable_dropout_in_model(model)
     add_fused_head(model)
     if lora := lora_config(settings):
@@ -96,6 +96,19 @@ def _build_rl(settings: RlSettings, model: Any, tokenizer: Any, prompts: list[Pr
         processing_class=tokenizer,
         peft_config=lora_config(settings),
     )
+
+
+def check_reporter(settings: TrainSettings) -> None:
+    """Check that what `report_to` names is installed.
+
+    Raises:
+        InputError: if it is not.
+    """
+    from transformers.integrations.integration_utils import get_available_reporting_integrations
+
+    name = settings.report_to
+    if name != "none" and name not in get_available_reporting_integrations():  # type: ignore[no-untyped-call]
+        raise InputError(f"--report-to: got {name!r}; it is not installed, or switched off: pip install {name}")
 
 
 def training_arguments(settings: TrainSettings) -> dict[str, Any]:

@@ -1,11 +1,19 @@
 #!/bin/sh
 # image-build.sh cpu|cuda [FLAG...]: build em-inf-server:cpu or em-inf-server:cuda, labelled with the version and the commit.
 # BUILDER chooses the program; the default is the first of docker, podman and buildah that is installed. FLAGS are passed to
-# its `build`; docs/images.md lists those for a machine without an image registry.
+# its `build`; docs/images.md lists those for a machine without an image registry. With RELEASE=1 it refuses a base image
+# without a digest: a tag can be moved, and this repository knows no digest that was not looked up.
 set -eu
 cd "$(dirname "$0")/.."
 target=$1 && shift
 
+if [ "${RELEASE:-}" = 1 ]; then
+    case $target in cpu) base=PYTHON_IMAGE ;; *) base=VLLM_IMAGE ;; esac
+    echo " $* " | grep -Eq " $base=[^ ]+@sha256:[0-9a-f]{64} " || {
+        echo "image-build: a release needs --build-arg $base=NAME@sha256:DIGEST" >&2
+        exit 2
+    }
+fi
 for found in ${BUILDER:-docker podman buildah}; do
     command -v "$found" >/dev/null && break
 done

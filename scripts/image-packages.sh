@@ -16,12 +16,13 @@ pip --require-hashes --only-binary :all: $locks
 
 if [ "$build" = cpu ]; then
     # pip finds this wheel only if it is configured with an index that has it; uv knows PyTorch's own index.
-    pip -r requirements/torch-cpu.txt 2>/dev/null || {
+    pip --require-hashes --only-binary :all: -r requirements/torch-cpu.txt || {
+        echo "image-packages: asking PyTorch's own index instead" >&2
         tools=$(mktemp -d)
         trap 'rm -rf "$tools"' EXIT
         scripts/pinned.sh requirements/cpu-dev.lock uv >"$tools/uv.txt"
         pip --require-hashes --only-binary :all: --target "$tools" -r "$tools/uv.txt"
         "$tools/bin/uv" pip install --python "$venv/bin/python" --torch-backend=cpu --no-deps \
-            -r requirements/torch-cpu.txt
+            --require-hashes --only-binary :all: -r requirements/torch-cpu.txt
     }
 fi

@@ -36,7 +36,9 @@ if [ -n "$missing" ]; then
     [ -z "$(unmet)" ] || { echo "image-project: not met by $build.lock: $(unmet)" >&2; exit 1; }
 fi
 cp -R . "$folder/src" # a build writes into its source folder
+sed -i '/^em-loadtest = /d; /^em-train = /d' "$folder/src/pyproject.toml" # an image that serves has neither
 pip install -qq --no-deps --no-build-isolation "$folder/src"
 cd / # so that Python imports the installed project, not the source
 "$python" -c 'from em_sampler.vllm_plugin.version import check_vllm_version; check_vllm_version()'
+"$python" "$folder/src/scripts/image-notices.py" "$("$python" -c 'import sys; print(sys.prefix)')/THIRD-PARTY-NOTICES"
 [ "$build" != cpu ] || pip uninstall -qq --yes pip # this environment is ours: leave no installer in the image

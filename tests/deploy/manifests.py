@@ -55,7 +55,11 @@ class Node:
 
     @property
     def labels(self) -> dict[str, str]:
-        return dict(self.template["metadata"]["labels"])
+        """The pod's labels, with the one that LeaderWorkerSet adds."""
+        labels = dict(self.template["metadata"]["labels"])
+        if self.workload["kind"] == "LeaderWorkerSet":
+            labels["leaderworkerset.sigs.k8s.io/name"] = self.workload["metadata"]["name"]
+        return labels
 
     @property
     def gpus(self) -> int:

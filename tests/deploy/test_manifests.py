@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -14,7 +15,7 @@ import pytest
 import yaml
 
 from tests.deploy import manifests
-from tests.deploy.manifests import CASES, DEPLOY, KUBERNETES, Manifests, Node, Object, closed, find, parse
+from tests.deploy.manifests import CASES, DEPLOY, KUBERNETES, Manifests, Node, Object, closed, find, kustomize, parse
 
 SCHEMAS = Path(__file__).parent / "schemas"
 VERSIONS = ("1.29", "1.37")  # of Kubernetes: the oldest that docs/deploy.md supports, and the newest with a schema
@@ -159,9 +160,35 @@ def test_selectors_find_their_pods_and_no_others(rendered: Manifests):
     if any(node.size > 1 for node in nodes):  # members of a group reach each other on any port, and nobody else does
         ((peers,),) = (rule["from"] for rule in group)
         assert set(peers) == {"podSelector"}
-        assert all(selects(peers["podSelector"]["matchLabels"], node) for node in nodes)
+        members = peers["podSelector"]["matchLabels"]
+        assert all(selects(members, node) for node in nodes)
+        assert "leaderworkerset.sigs.k8s.io/name" in members  # a Deployment beside the group is not in it
     else:
         assert not group
+
+
+@needs_kubectl
+@every_case
+def test_only_labelled_clients_and_prometheus_reach_the_port(rendered: Manifests):
+    (rule,) = (rule for rule in rendered.one("NetworkPolicy")["spec"]["ingress"] if "ports" in rule)
+    client, monitoring = {"em-inf-server/client": "true"}, {"kubernetes.io/metadata.name": "monitoring"}
+    assert rule["from"] == [
+        {"podSelector": {"matchLabels": client}},
+        {"namespaceSelector": {"matchLabels": client}},
+        {  # both in one entry: Prometheus' pods, not its namespace
+            "namespaceSelector": {"matchLabels": monitoring},
+            "podSelector": {"matchLabels": {"app.kubernetes.io/name": "prometheus"}},
+        },
+    ]
+
+
+@needs_kubectl
+def test_the_policy_of_a_group_follows_its_name(tmp_path: Path):
+    overlay = os.path.relpath(KUBERNETES / "overlays/multi-node", os.path.realpath(tmp_path))
+    renamed = kustomize(tmp_path, f"nameSuffix: -b\nresources: [{overlay}]\n")
+    name = renamed.one("LeaderWorkerSet")["metadata"]["name"]
+    policy = renamed.one("NetworkPolicy")["spec"]
+    assert set(find(policy, "leaderworkerset.sigs.k8s.io/name")) == {name} == {"em-inf-server-group-b"}
 
 
 @needs_kubectl
@@ -217,6 +244,11 @@ def test_pods_are_hardened_and_have_the_volumes_they_write_to(rendered: Manifest
         assert "cpu" in resources["requests"] and "cpu" not in resources["limits"]
         shm = volumes[mounts["/dev/shm"]]["emptyDir"]["sizeLimit"]
         assert shm == (f"{2 * node.gpus}Gi" if node.gpus else "1Gi")
+        folders = [each["emptyDir"] for each in volumes.values() if "emptyDir" in each]
+        on_disk = [each for each in folders if "medium" not in each]
+        sizes = [int(each["sizeLimit"].removesuffix("Gi")) for each in on_disk]
+        limit = int(resources["limits"]["ephemeral-storage"].removesuffix("Gi"))
+        assert sum(sizes) < limit and "ephemeral-storage" in resources["requests"]
 
 
 @needs_kubectl
@@ -266,6 +298,8 @@ def test_the_values_of_the_production_stack_fit_the_chart_and_the_image():
     assert {"/tmp", "/home/em", "/usr/local/sbin/vllm"} <= mounts
     assert {mount["name"] for mount in model["extraVolumeMounts"]} == {each["name"] for each in model["extraVolumes"]}
     assert engine["containerSecurityContext"]["readOnlyRootFilesystem"]
+    assert re.fullmatch(r"v\d+\.\d+\.\d+", values["routerSpec"]["tag"])
+    assert all(each["emptyDir"]["sizeLimit"] for each in model["extraVolumes"] if "emptyDir" in each)
     assert engine["vllmApiKey"] == {"secretName": "em-inf-server", "secretKey": "api-key"}
     assert [engine[f"{name}Probe"]["httpGet"]["path"] for name in ("startup", "readiness", "liveness")] == [
         "/health/ready",

@@ -20,7 +20,7 @@ def test_every_prompt_comes_once_before_any_comes_twice():
 def test_the_dataset_has_the_files_outputs_up_to_the_longest_length(data: Path, tmp_path: Path):
     tokenizer = AutoTokenizer.from_pretrained(SMALL["model"])
     full, short = (
-        module.ft_dataset(settings, tokenizer, *module.read(settings))
+        module.ft_dataset(settings, tokenizer, len(tokenizer), *module.read(settings))
         for settings in (ft(outputs=data, out=tmp_path), ft(outputs=data, out=tmp_path, max_tokens=4))
     )
     assert len(full) == SMALL["steps"] * SMALL["batch_size"]

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import demo
 from em_train import outputs
+from em_train.fingerprint import fingerprint_of
 from em_train.model import add_fused_head
 from em_train.prompts import InputError, Prompt
 from em_train.sample import sample
@@ -47,6 +48,7 @@ def test_a_servers_outputs_are_the_models_with_the_entropies_it_reports(v1: Serv
     for row, scored in zip(found, outputs.score(model, pairs, pad_id=0, batch_size=16), strict=True):
         assert row["output"] == tokenizer.decode(row["token_ids"], skip_special_tokens=True)
         assert row["entropy"] == pytest.approx(scored.entropy, abs=1e-4)
+        assert row["tokenizer"] == fingerprint_of(tokenizer)
     again = tmp_path / "again.jsonl"  # resumed after an interruption: each output has its seed, so the same come out
     again.write_text("".join(line + "\n" for line in out.read_text().splitlines()[:5]) + '{"prompt": "ha')
     assert sample(settings(v1, prompts, again, concurrency=2)) == "11 outputs to 16 prompts were written, 5 were there"
