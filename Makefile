@@ -14,7 +14,7 @@ When it says "Application startup complete", from another terminal:
 endef
 export TRY
 
-.PHONY: help install serve test test-all bench bench-serving loadtest image sbom check format compat lock clean
+.PHONY: help install serve test test-all bench bench-serving loadtest soak clients image sbom check format compat lock clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' Makefile
@@ -42,6 +42,12 @@ bench-serving: install ## output tokens/s of the server, plugin on, off and hidd
 
 loadtest: install ## serve the demo model and run the standard comparison on it (8 minutes on two cores), into build/loadtest/demo
 	.venv/bin/python -m benchmarks.loadtest $(ARGS)
+
+soak: install ## attack a server with the demo model for about 15 minutes and count what it answers, into build/soak; ARGS="--share 0.1"
+	.venv/bin/python -m benchmarks.soak $(ARGS)
+
+clients: install ## try common client libraries on a server with the demo model (installs them, network), into build/clients; ARGS="openai curl"
+	@scripts/clients.sh $(ARGS)
 
 image: ## build the image em-inf-server:cpu; TARGET=cuda, BUILDER=docker, podman or buildah, ARGS="its flags"
 	@scripts/image-build.sh $(or $(TARGET),cpu) $(ARGS)

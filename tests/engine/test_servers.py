@@ -14,10 +14,12 @@ from typing import Any
 import openai
 import pytest
 
+from benchmarks.soak import exchange
+from benchmarks.soak.attacks import Size, disconnects, fuzz_alone, fuzz_combined, slow_readers
 from harness.launch import EM_SERVE, START_LIMIT_S, together
 from harness.ports import free_port
 from tests.engine.drain import DRAIN, check_drain
-from tests.engine.launch import ENGINE_FLAGS, Server, environment, serve, started
+from tests.engine.launch import API_KEY, ENGINE_FLAGS, Server, environment, serve, started
 from tests.engine.prometheus import check_counters, needs_prometheus
 from tests.engine.spans import SpanServer
 from tests.engine.support import ALL_LOGPROBS, CAPPED, CHAT, EM, UNSURE, check_deepconf, check_stats
@@ -201,6 +203,18 @@ def test_deepconf_goes_with_processed_log_probabilities(server: Server, mask: di
     response = server.http.post("/v1/chat/completions", json=body | {"strategy": strategy} | mask)
     assert response.status_code == 200, response.text
     check_deepconf(response.text, stream)
+
+
+@on("traced, no compiler")
+def test_a_short_soak_is_withstood(server: Server) -> None:
+    """What `make soak` sends, in small numbers; how fast probes are answered is for `make soak` to judge."""
+    target = exchange.Target(server.url, server.pid, API_KEY)
+    fuzzed = [fuzz_alone(target, Size(150)), fuzz_combined(target, Size(150))]
+    left = [disconnects(target, Size(40)), slow_readers(target, Size(20))]
+    assert [problem for row in (*fuzzed, *left) for problem in row.problems] == []
+    for row in fuzzed:
+        assert min(row.counts[exchange.ANSWERED], row.counts[exchange.REFUSED]) > 20
+    assert sum(row.counts[exchange.GONE] for row in left) == 60
 
 
 @on("pooling")

@@ -1,0 +1,19 @@
+#!/bin/sh
+# clients.sh [ARGUMENT...]: install the client libraries that requirements/clients.txt and tests/clients/package-lock.json pin into
+# build/clients, and run tests/clients with the ARGUMENTs. Without torch, which guidellm and lm-eval name and these calls never use.
+set -eu
+cd "$(dirname "$0")/.."
+folder=build/clients
+want=$(cat requirements/clients.txt tests/clients/package-lock.json | cksum)
+command -v npm >/dev/null || { echo "clients: npm is not installed (Node.js 20 or newer)" >&2; exit 1; }
+
+if [ "$(cat $folder/installed 2>/dev/null)" != "$want" ]; then
+    mkdir -p $folder
+    .venv/bin/python -m venv --clear $folder/venv
+    .venv/bin/uv pip install --quiet --python $folder/venv/bin/python --no-deps -r requirements/clients.txt
+    cp tests/clients/package.json tests/clients/package-lock.json $folder/
+    npm ci --prefix $folder --no-audit --no-fund
+    echo "$want" >$folder/installed
+fi
+cp tests/clients/calls.mjs $folder/ # node looks for modules beside the file
+exec .venv/bin/python -m tests.clients "$@"
