@@ -99,8 +99,8 @@ def _add_em_inf_flags(parser: argparse.ArgumentParser) -> None:
         type=_address,
         metavar="HOST:PORT",
         help="Where workers on other machines send token stats: an address of the API servers' machine. API server i "
-        "listens on PORT + i. Give the same to em-serve on every machine, and the same secret in the environment variable "
-        "EM_INF_STATISTICS_KEY: `openssl rand -hex 32`. Default: unix sockets, on one machine.",
+        "listens on PORT + i. Give the same to em-serve on every machine, and the same secret in the environment "
+        "variable EM_INF_STATISTICS_KEY: `openssl rand -hex 32`. Default: unix sockets, on one machine.",
     )
     group.add_argument(
         "--em-inf-require-fused",

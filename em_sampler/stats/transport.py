@@ -80,12 +80,14 @@ def connect(context: "zmq.Context[zmq.Socket[bytes]]", address: str, socket_name
     return end
 
 
-def listen(context: "zmq.Context[zmq.Socket[bytes]]", address: str, socket_name: str) -> "zmq.Socket[bytes]":
-    """Open an API server's end. `address`: see `server_address`. By TCP, one end per `context`.
+def listen(address: str, socket_name: str) -> "zmq.Socket[bytes]":
+    """Open an API server's end. `address`: see `server_address`.
 
     Raises:
         RuntimeError: if the address is taken or not this machine's.
     """
+    # By TCP, a context of its own: who may connect is decided by context.
+    context = zmq.Context() if address.startswith("tcp://") else zmq.Context.instance()
     end = context.socket(zmq.PULL)
     end.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
     end.setsockopt(zmq.RCVHWM, MAX_QUEUED_MESSAGES)

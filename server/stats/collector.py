@@ -101,8 +101,7 @@ class StatsCollector:
         """
         self.metrics = metrics
         self.socket_name = transport.new_socket_name(server_index)
-        # A context of its own: by TCP, it decides who may connect.
-        self.socket = transport.listen(zmq.Context(), server_address, self.socket_name)
+        self.socket = transport.listen(server_address, self.socket_name)
         self.numbers = itertools.count()
         self.requests: dict[int, RequestStats] = {}
         self.waiting: set[int] = set()  # numbers of requests that have finished and whose stats are incomplete

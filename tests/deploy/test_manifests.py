@@ -20,7 +20,7 @@ from tests.deploy.manifests import CASES, DEPLOY, KUBERNETES, Manifests, Node, O
 SCHEMAS = Path(__file__).parent / "schemas"
 VERSIONS = ("1.29", "1.37")  # of Kubernetes: the oldest that docs/deploy.md supports, and the newest with a schema
 EXIT_MARGIN_S = 15  # for the processes to exit after the last request
-SECRET_KEYS = {"api-key", "hub-token"}
+SECRET_KEYS = {"api-key", "hub-token", "statistics-key"}
 
 needs_kubectl = pytest.mark.skipif(
     manifests.kubectl() is None, reason="kubectl is not installed: it renders the manifests"

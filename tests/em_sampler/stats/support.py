@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import zmq
 
 from em_sampler.stats.aggregator import ReturnAddress
 from em_sampler.stats.transport import listen
@@ -39,7 +38,7 @@ class Server:
     def __init__(self, address: Path | str, socket_name: str) -> None:
         self.socket_name = socket_name
         address = address if isinstance(address, str) else f"ipc://{address}"
-        self.socket = listen(zmq.Context(), address, socket_name)
+        self.socket = listen(address, socket_name)
 
     def receive(self) -> tuple[StructuredArray, StructuredArray, np.void]:
         """Wait for a message; (tokens, totals, header)."""

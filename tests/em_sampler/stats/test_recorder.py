@@ -302,12 +302,13 @@ def test_without_a_thread_nothing_piles_up_and_what_is_lost_is_counted(
     recorder.assign(0, return_address(0))
     recorder.start_step()
     join(recorder)
+    before = recorder.dropped  # the step above, if the thread died as fast
     for number in range(1000):
         recorder.assign(0, return_address(number))
         assert recorder.start_step() is None
         recorder.assign(0, None)
     assert recorder.events.qsize() <= 2
-    assert recorder.dropped == 1000
+    assert recorder.dropped - before == 1000
 
 
 def test_a_thread_that_is_stuck_is_replaced(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
