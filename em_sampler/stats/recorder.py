@@ -255,6 +255,6 @@ class StatsSender:
 
 
 def _chunks(parts: list[StructuredArray]) -> Iterator[StructuredArray]:
-    rows = np.concatenate(parts) if parts else ()
+    rows: StructuredArray = np.concatenate(parts) if parts else np.empty(0)
     for start in range(0, len(rows), MAX_ROWS):
         yield rows[start : start + MAX_ROWS]

@@ -138,7 +138,8 @@ def tokens_in_range(tokens: StructuredArray) -> NDArray[np.bool_]:
     measured = (np.abs(before) <= MAX_NATS) & (np.abs(after) <= MAX_NATS)
     passed_through = np.isnan(before) & np.isnan(after)
     steps = (tokens["steps"] >= 0) & (tokens["steps"] <= MAX_STEPS)
-    return (measured | passed_through) & steps & (tokens["position"] < MAX_POSITION)
+    good: NDArray[np.bool_] = (measured | passed_through) & steps & (tokens["position"] < MAX_POSITION)
+    return good
 
 
 def totals_in_range(totals: StructuredArray) -> NDArray[np.bool_]:

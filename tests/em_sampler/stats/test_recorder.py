@@ -276,7 +276,7 @@ def test_a_thread_that_dies_is_started_again(
         recorder.assign(0, return_address(7, per_token=True))
         with monkeypatch.context() as patched:
             patched.setattr(recorder_module, "_drain", die)
-            step(recorder, (0, 0, at(0)))  # lost with the thread
+            recorder.start_step()  # starts the thread, which may be dead already
             died = join(recorder)
         step(recorder, (0, 1, at(1)))  # the request is as old as the dead thread
         assert read(one.receive()[0]) == [(7, 0, 1, *at(1))]
