@@ -255,6 +255,8 @@ class StatsSender:
 
 
 def _chunks(parts: list[StructuredArray]) -> Iterator[StructuredArray]:
-    rows: StructuredArray = np.concatenate(parts) if parts else np.empty(0)
+    if not parts:
+        return
+    rows = np.concatenate(parts)
     for start in range(0, len(rows), MAX_ROWS):
         yield rows[start : start + MAX_ROWS]
