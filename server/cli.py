@@ -109,7 +109,8 @@ def _add_em_inf_flags(parser: argparse.ArgumentParser) -> None:
         type=_address,
         metavar="HOST:PORT",
         help="Where workers on other machines send token stats: an address of the API servers' machine. API server i "
-        "listens on PORT + i. Give the same to em-serve on every machine. Default: unix sockets, on one machine.",
+        "listens on PORT + i. Give the same to em-serve on every machine, and the same secret in the environment "
+        "variable EM_INF_STATISTICS_KEY: `openssl rand -hex 32`. Default: unix sockets, on one machine.",
     )
     group.add_argument(
         "--em-inf-require-fused",
@@ -195,8 +196,19 @@ def _check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
         args.em_inf_default = _parse_default(args.em_inf_default, args.em_inf_max_steps)
     except (ParamsError, json.JSONDecodeError) as error:
         parser.error(f"argument --em-inf-default: {error}")
+    if args.em_inf_statistics_address:
+        _check_statistics_key(parser)
     if args.strategy_max_branches > args.strategy_max_in_flight:
         parser.error("argument --strategy-max-branches: above --strategy-max-in-flight, so it could not be served")
+
+
+def _check_statistics_key(parser: argparse.ArgumentParser) -> None:
+    from em_sampler.stats.curve import read_key
+
+    try:
+        read_key()
+    except RuntimeError as error:
+        parser.error(f"argument --em-inf-statistics-address: {error}")
 
 
 def _parse_default(text: str | None, max_steps: int) -> Params | None:

@@ -68,7 +68,8 @@ class PendingStats:
         Send the other tokens one by one if their choice got none since the last fold: it may be over, and only the API
         server knows where it ends.
         """
-        tokens, self.sampled = np.concatenate([self.not_final, *self.sampled]), []
+        sampled, self.sampled = self.sampled, []  # first: what cannot be folded must not pile up
+        tokens = np.concatenate([self.not_final, *sampled])
         if not len(tokens):
             return
         order = np.lexsort((tokens["position"], tokens["choice"], tokens["request_number"]))  # stable

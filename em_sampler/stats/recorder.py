@@ -5,6 +5,7 @@ Knows slots and positions, not vLLM. What is sent, and when, is decided in aggre
 
 import contextlib
 import logging
+import math
 import threading
 import time
 from collections import deque
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from em_sampler.stats import transport
 from em_sampler.stats.aggregator import PendingStats, ReturnAddress, SlotTable
-from em_sampler.stats.wire import pack
+from em_sampler.stats.wire import MAX_ROWS, StructuredArray, pack
 from em_sampler.transforms.batch import TransformOutput
 
 logger = logging.getLogger(__name__)
@@ -34,6 +35,8 @@ FLUSH_INTERVAL_S = 0.25
 # The thread sleeps if no response needs the stats of single tokens: awake, it competes with the sampler for the GIL.
 # Far less than MAX_IN_FLIGHT_STEPS steps take.
 IDLE_SLEEP_S = 0.1
+MAX_EVENTS = 2**16  # that wait for the thread: far more than it leaves in IDLE_SLEEP_S. One more, and it is replaced
+RESTART_INTERVAL_S = 1.0  # at least so long between two starts of the thread
 STEP_FIELDS = 5  # slot, position, entropy before and after (float32 by their bits), steps
 
 Assignment = tuple[int, ReturnAddress | None]  # of a slot
@@ -85,7 +88,7 @@ class StatsRecorder:
     """The sampler's side. Its methods are called in the engine's order and never wait."""
 
     def __init__(self, slots: int, max_rows: int, device: torch.device, enabled: bool = True) -> None:
-        """Allocate the buffers; the thread starts with the first request that wants stats.
+        """Prepare; the thread starts with the first request that wants stats.
 
         Args:
             slots: requests at a time.
@@ -94,56 +97,80 @@ class StatsRecorder:
             enabled: False for a tensor-parallel rank that samples the same tokens as the first.
         """
         self.server_address = transport.server_address() if enabled else None
-        self.slots, self.device = slots, device
-        self.assigned: set[int] = set()  # slots whose request wants stats
-        buffers = MAX_IN_FLIGHT_STEPS if self.server_address else 0
-        self.free_buffers = deque(StepBuffer(max_rows, device) for _ in range(buffers))
+        self.slots, self.max_rows, self.device = slots, max_rows, device
+        self.assigned: dict[int, ReturnAddress] = {}  # of the slots whose request wants stats
         self.dropped = 0  # tokens whose stats had no buffer, since the start
-        self.events: SimpleQueue[Assignment | StepBuffer] = SimpleQueue()
         self.thread: threading.Thread | None = None
+        self.started_at = -math.inf
+        self._new_queue()
 
     def assign(self, slot: int, return_address: ReturnAddress | None) -> None:
         """Assign `slot` to a request, or clear it (None)."""
         if self.server_address is None or (return_address is None and slot not in self.assigned):
             return
-        self.assigned.add(slot) if return_address else self.assigned.discard(slot)
-        if self.thread is None:
-            self.thread = threading.Thread(
-                target=self._run, args=(self.server_address,), name="em_inf_stats", daemon=True
-            )
-            self.thread.start()
-        self.events.put((slot, return_address))
+        if return_address:
+            self.assigned[slot] = return_address
+        else:
+            del self.assigned[slot]
+        if self._thread_takes_events():  # a new thread gets all of `assigned`
+            self.events.put((slot, return_address))
 
     def start_step(self) -> StepBuffer | None:
         """Return a buffer for the next step, its clock started; None if nobody wants its stats or no buffer is free."""
         if not self.assigned:
             return None
-        try:
-            buffer = self.free_buffers.popleft()
-        except IndexError:
+        if not self._thread_takes_events():
+            self._start_thread()
+        if not self._thread_takes_events() or not self.free_buffers:
             self.dropped += len(self.assigned)
             return None
+        buffer = self.free_buffers.popleft()
         buffer.start()
         return buffer
+
+    def _thread_takes_events(self) -> bool:
+        return self.thread is not None and self.thread.is_alive() and self.events.qsize() < MAX_EVENTS
+
+    def _start_thread(self) -> None:
+        """Start the thread, or another in the place of one that has died or is stuck: what it still had is lost."""
+        if time.monotonic() < self.started_at + RESTART_INTERVAL_S:
+            return
+        if self.thread is not None:
+            logger.error("em_inf: the thread that sends statistics is started again; some are lost")
+            self._new_queue()
+        self.started_at = time.monotonic()
+        for assignment in self.assigned.items():
+            self.events.put(assignment)
+        arguments = (self.server_address, self.events, self.free_buffers)
+        self.thread = threading.Thread(target=self._run, args=arguments, name="em_inf_stats", daemon=True)
+        self.thread.start()
+
+    def _new_queue(self) -> None:
+        """Make the thread's queue and buffers anew: nobody knows which of them a dead thread still had."""
+        self.events: SimpleQueue[Assignment | StepBuffer] = SimpleQueue()
+        buffers = MAX_IN_FLIGHT_STEPS if self.server_address else 0
+        self.free_buffers = deque(StepBuffer(self.max_rows, self.device) for _ in range(buffers))
 
     def finish_step(self, buffer: StepBuffer, slots: Tensor, positions: Tensor, output: TransformOutput) -> None:
         """Hand the transform's output to the thread; arguments as for `StepBuffer.finish`."""
         buffer.finish(slots, positions, output)
         self.events.put(buffer)
 
-    def _run(self, server_address: str) -> None:
-        """Do the thread's work: add steps to the slots' pending stats, fold them, send them."""
+    def _run(
+        self, server_address: str, queue: SimpleQueue[Assignment | StepBuffer], free_buffers: deque[StepBuffer]
+    ) -> None:
+        """Do the thread's work until it is replaced: add steps to the slots' pending stats, fold them, send them."""
         if self.device.type == "cuda":  # else, waiting for an event would open a CUDA context on GPU 0 as well
             torch.cuda.set_device(self.device)
         slots, sender = SlotTable(self.slots), StatsSender(server_address)
         last_fold = time.monotonic()
-        while True:
+        while self.events is queue:
             until_fold = max(0.0, last_fold + FLUSH_INTERVAL_S - time.monotonic())
-            events = self._drain_events(until_fold if slots.has_pending() else None)
+            events = _drain(queue, until_fold if slots.has_pending() else None)
             for is_step, group in groupby(events, lambda event: isinstance(event, StepBuffer)):
                 with _log_and_continue():
                     if is_step:
-                        self._read(cast(list[StepBuffer], list(group)), slots, sender)
+                        self._read(cast(list[StepBuffer], list(group)), free_buffers, slots, sender)
                     else:
                         for assignment in group:
                             slots.assign(*cast(Assignment, assignment))
@@ -157,14 +184,9 @@ class StatsRecorder:
             if not slots.any_per_token():
                 time.sleep(IDLE_SLEEP_S)
 
-    def _drain_events(self, timeout: float | None) -> Iterator[Assignment | StepBuffer]:
-        """Yield all queued events, waiting up to `timeout` seconds for the first (None: as long as it takes)."""
-        with contextlib.suppress(Empty):
-            yield self.events.get(timeout=timeout)
-            while True:
-                yield self.events.get_nowait()
-
-    def _read(self, buffers: list[StepBuffer], slots: SlotTable, sender: "StatsSender") -> None:
+    def _read(
+        self, buffers: list[StepBuffer], free_buffers: deque[StepBuffer], slots: SlotTable, sender: "StatsSender"
+    ) -> None:
         """Add the stats of several steps at once: one by one they would take many times as long."""
         steps = []
         for buffer in buffers:
@@ -176,7 +198,15 @@ class StatsRecorder:
             if steps:
                 slots.add(np.concatenate(steps, axis=1))
         finally:
-            self.free_buffers.extend(buffers)
+            free_buffers.extend(buffers)
+
+
+def _drain(queue: SimpleQueue[Assignment | StepBuffer], timeout: float | None) -> Iterator[Assignment | StepBuffer]:
+    """Yield what is in the queue, waiting up to `timeout` seconds for the first (None: as long as it takes)."""
+    with contextlib.suppress(Empty):
+        yield queue.get(timeout=timeout)
+        while True:
+            yield queue.get_nowait()
 
 
 @contextlib.contextmanager
@@ -201,16 +231,32 @@ class StatsSender:
         self.reported = 0  # of the rows lost here and before
 
     def send(self, socket_name: str, pending: PendingStats, dropped: int) -> None:
-        """Send all that `pending` has to be sent, in one message.
+        """Send all that `pending` has to be sent, in messages of at most MAX_ROWS rows.
 
         `dropped`: rows lost before they came here, since the start.
         """
         tokens, totals = pending.take()
-        try:
-            message = pack(tokens, totals, self.seconds, dropped + self.lost - self.reported)
+        for rows in _chunks(totals):  # first: they replace no token that is sent with them
+            self._send(socket_name, [], [rows], dropped)
+        for rows in _chunks(tokens):
+            self._send(socket_name, [rows], [], dropped)
+
+    def _send(
+        self, socket_name: str, tokens: list[StructuredArray], totals: list[StructuredArray], dropped: int
+    ) -> None:
+        lost = self.lost
+        self.lost += sum(map(len, tokens)) + sum(map(len, totals))  # until they are sent
+        with contextlib.suppress(zmq.ZMQError, FileNotFoundError):
+            message = pack(socket_name, tokens, totals, self.seconds, dropped + lost - self.reported)
             if socket_name not in self.sockets:
                 self.sockets[socket_name] = transport.connect(self.context, self.server_address, socket_name)
-            self.sockets[socket_name].send_multipart((socket_name.encode(), message), zmq.NOBLOCK)
-            self.seconds, self.reported = 0.0, dropped + self.lost
-        except (zmq.ZMQError, FileNotFoundError):
-            self.lost += sum(map(len, tokens)) + sum(map(len, totals))
+            self.sockets[socket_name].send(message, zmq.NOBLOCK)
+            self.lost, self.seconds, self.reported = lost, 0.0, dropped + lost
+
+
+def _chunks(parts: list[StructuredArray]) -> Iterator[StructuredArray]:
+    if not parts:
+        return
+    rows = np.concatenate(parts)
+    for start in range(0, len(rows), MAX_ROWS):
+        yield rows[start : start + MAX_ROWS]

@@ -1,6 +1,6 @@
 """The sockets by which workers send stats to API servers: files in a folder, or TCP between machines.
 
-A socket name stands for one API server: a secret, which every message repeats, and the server's index.
+A socket name stands for one API server: random digits, which every message repeats, and the server's index.
 """
 
 import contextlib
@@ -14,11 +14,14 @@ from pathlib import Path
 
 import zmq
 
+from em_sampler.stats import curve
+
 SOCKET_DIR_ENV = "EM_INF_TELEMETRY_DIR"  # the folder of the sockets, made by em-serve for its owner alone
 ADDRESS_ENV = "EM_INF_STATISTICS_ADDRESS"  # instead of the folder, host:port; API server i listens on port + i
 SOCKET_NAME_PATTERN = re.compile("[0-9a-f]{32}[.](0|[1-9][0-9]{0,3})")
 MAX_TMPDIR_BYTES = 50  # a unix socket's path has at most 107, of which the socket's and the folder's name take 54
-MAX_MESSAGE_BYTES = 2**26  # more than a worker ever sends
+MAX_MESSAGE_BYTES = 2**20  # more than a worker ever sends: wire.MAX_ROWS
+MAX_QUEUED_MESSAGES = 256  # of one connection, at each end
 
 
 @contextlib.contextmanager
@@ -31,8 +34,14 @@ def socket_dir() -> Iterator[str]:
 
 
 def server_address() -> str | None:
-    """Read the API servers' address from the environment: "ipc://folder" or "tcp://host:port", None without one."""
+    """Read the API servers' address from the environment: "ipc://folder" or "tcp://host:port", None without one.
+
+    Raises:
+        RuntimeError: if TCP has no key.
+    """
     address, folder = os.environ.get(ADDRESS_ENV), os.environ.get(SOCKET_DIR_ENV)
+    if address:
+        curve.read_key()
     return f"tcp://{address}" if address else f"ipc://{folder}" if folder else None
 
 
@@ -64,21 +73,29 @@ def connect(context: "zmq.Context[zmq.Socket[bytes]]", address: str, socket_name
     end = context.socket(zmq.PUSH)
     end.setsockopt(zmq.LINGER, 0)
     end.setsockopt(zmq.IPV6, 1)
+    end.setsockopt(zmq.SNDHWM, MAX_QUEUED_MESSAGES)
+    if address.startswith("tcp://"):
+        curve.secure_worker(end)
     end.connect(_endpoint(address, socket_name))
     return end
 
 
-def listen(context: "zmq.Context[zmq.Socket[bytes]]", address: str, socket_name: str) -> "zmq.Socket[bytes]":
+def listen(address: str, socket_name: str) -> "zmq.Socket[bytes]":
     """Open an API server's end. `address`: see `server_address`.
 
     Raises:
         RuntimeError: if the address is taken or not this machine's.
     """
+    # By TCP, a context of its own: who may connect is decided by context.
+    context = zmq.Context() if address.startswith("tcp://") else zmq.Context.instance()
     end = context.socket(zmq.PULL)
     end.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
+    end.setsockopt(zmq.RCVHWM, MAX_QUEUED_MESSAGES)
     end.setsockopt(zmq.IPV6, 1)
     endpoint = _endpoint(address, socket_name)
     try:
+        if address.startswith("tcp://"):
+            curve.secure_server(context, end)
         end.bind(_resolved(endpoint))
     except (OSError, zmq.ZMQError) as error:
         end.close()

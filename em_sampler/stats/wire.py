@@ -1,12 +1,17 @@
-"""What workers send to API servers: the stats of single tokens, and totals over many. NumPy alone; both ends share it.
+"""What workers send to API servers: the stats of single tokens, and totals over many. Both ends share it.
+
+A server takes any bytes: what is not a message of this version, or cannot be true, is rejected with its reason.
 
 Entropies are in nats. NaN means not measured: the row held NaN or +inf and was passed through.
 """
 
+import secrets
 from collections.abc import Iterable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
+
+from em_sampler.params import MAX_STEPS
 
 # Upper bounds of the histograms' buckets, in nats; one more bucket is above the last. ln 160,000 = 12.
 ENTROPY_BUCKETS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0, 10.0, 12.0)
@@ -33,9 +38,26 @@ TOTALS_DTYPE = np.dtype(
 )
 SUMMED_FIELDS = [name for name in TOTALS_DTYPE.names or () if name not in ("request_number", "choice", "first", "end")]
 
-# The start of a message: how many TOKEN and TOTALS rows follow. Since the worker's last message: seconds spent in the
-# transform, and rows lost on the way.
-HEADER_DTYPE = np.dtype([("tokens", "u4"), ("totals", "u4"), ("seconds", "f8"), ("dropped", "u8")])
+# The start of a message: what it is, whom it is for, and how many TOKEN and TOTALS rows follow. Since the worker's last
+# message: seconds spent in the transform, and rows lost on the way.
+MAGIC, VERSION = b"EMST", 1  # change VERSION with any of the types above or MAX_ROWS
+HEADER_DTYPE = np.dtype(
+    [
+        ("magic", "S4"),
+        ("version", "u4"),
+        ("socket_name", "S40"),
+        ("tokens", "u4"),
+        ("totals", "u4"),
+        ("seconds", "f8"),
+        ("dropped", "u8"),
+    ]
+)
+MAX_ROWS = 2048  # of a message; a worker with more sends several
+# What no worker can have measured is out of range.
+MAX_POSITION = 2**24
+MAX_NATS = 100.0
+MAX_SECONDS = 1e6
+MAX_DROPPED = 2**40
 
 StructuredArray = NDArray[np.void]
 
@@ -61,17 +83,73 @@ def add_totals(target: StructuredArray, others: Iterable[np.void]) -> None:
             target[name] += other[name]
 
 
-def pack(tokens: Sequence[StructuredArray], totals: Sequence[StructuredArray], seconds: float, dropped: int) -> bytes:
-    """Make a worker's message to an API server. `seconds`, `dropped`: see HEADER_DTYPE."""
-    header = np.array((sum(map(len, tokens)), sum(map(len, totals)), seconds, dropped), dtype=HEADER_DTYPE)
+class MessageError(Exception):
+    """A message that is not taken in. `reason`: one of REJECTION_REASONS."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+# Not a message of this format at all; of another version; for another server; rows that cannot be true.
+REJECTION_REASONS = ("malformed", "version", "recipient", "out_of_range")
+
+
+def pack(
+    socket_name: str,
+    tokens: Sequence[StructuredArray],
+    totals: Sequence[StructuredArray],
+    seconds: float,
+    dropped: int,
+) -> bytes:
+    """Make a worker's message to an API server, of at most MAX_ROWS rows. `seconds`, `dropped`: see HEADER_DTYPE."""
+    counts = sum(map(len, tokens)), sum(map(len, totals))
+    header = np.array((MAGIC, VERSION, socket_name.encode(), *counts, seconds, dropped), dtype=HEADER_DTYPE)
     return b"".join(part.tobytes() for part in (header, *tokens, *totals))
 
 
-def unpack(message: bytes) -> tuple[StructuredArray, StructuredArray, np.void]:
-    """Return (tokens, totals, header) of a message."""
+def unpack(message: bytes, socket_name: str) -> tuple[StructuredArray, StructuredArray, np.void]:
+    """Return (tokens, totals, header) of a message to `socket_name`. Rows may be out of range.
+
+    Raises:
+        MessageError: if it is not such a message, whatever its bytes.
+    """
+    if len(message) < HEADER_DTYPE.itemsize or not message.startswith(MAGIC):
+        raise MessageError("malformed")
     header: np.void = np.frombuffer(message, HEADER_DTYPE, count=1)[0]
-    tokens: StructuredArray = np.frombuffer(message, TOKEN_DTYPE, count=header["tokens"], offset=HEADER_DTYPE.itemsize)
-    totals: StructuredArray = np.frombuffer(
-        message, TOTALS_DTYPE, count=header["totals"], offset=HEADER_DTYPE.itemsize + tokens.nbytes
-    )
+    if header["version"] != VERSION:
+        raise MessageError("version")
+    if not secrets.compare_digest(bytes(header["socket_name"]), socket_name.encode()):
+        raise MessageError("recipient")
+    n_tokens, n_totals = int(header["tokens"]), int(header["totals"])
+    tokens_end = HEADER_DTYPE.itemsize + n_tokens * TOKEN_DTYPE.itemsize
+    if n_tokens + n_totals > MAX_ROWS or len(message) != tokens_end + n_totals * TOTALS_DTYPE.itemsize:
+        raise MessageError("malformed")
+    if not 0 <= header["seconds"] <= MAX_SECONDS or header["dropped"] > MAX_DROPPED:  # NaN is in no range
+        raise MessageError("out_of_range")
+    tokens: StructuredArray = np.frombuffer(message, TOKEN_DTYPE, count=n_tokens, offset=HEADER_DTYPE.itemsize)
+    totals: StructuredArray = np.frombuffer(message, TOTALS_DTYPE, count=n_totals, offset=tokens_end)
     return tokens, totals, header
+
+
+def tokens_in_range(tokens: StructuredArray) -> NDArray[np.bool_]:
+    """Return which TOKEN rows a worker can have measured."""
+    before, after = tokens["before"], tokens["after"]
+    measured = (np.abs(before) <= MAX_NATS) & (np.abs(after) <= MAX_NATS)
+    passed_through = np.isnan(before) & np.isnan(after)
+    steps = (tokens["steps"] >= 0) & (tokens["steps"] <= MAX_STEPS)
+    good: NDArray[np.bool_] = (measured | passed_through) & steps & (tokens["position"] < MAX_POSITION)
+    return good
+
+
+def totals_in_range(totals: StructuredArray) -> NDArray[np.bool_]:
+    """Return which TOTALS rows a worker can have counted."""
+    tokens = totals["tokens"]
+    good = (totals["first"] <= totals["end"]) & (totals["end"] <= MAX_POSITION)
+    good &= tokens <= totals["end"] - totals["first"]
+    good &= (totals["optimized"] <= tokens) & (totals["passed_through"] <= tokens)
+    good &= totals["steps"] <= tokens * MAX_STEPS
+    for name in HISTOGRAMS:
+        good &= np.abs(totals[f"{name}_sum"]) <= tokens * MAX_NATS
+        good &= totals[f"{name}_counts"].sum(axis=1, dtype=np.uint64) == tokens - totals["passed_through"]
+    return good

@@ -1,13 +1,14 @@
 """Stats of the requests in flight: the workers' messages in, summaries out. Knows no HTTP and no vLLM.
 
-If stats are late, a response waits RESPONSE_TIMEOUT_S for them and then goes without.
+If stats are late, a response waits RESPONSE_TIMEOUT_S for them and then goes without. Whatever arrives, no request
+fails for it: a message that cannot be taken in is counted and dropped.
 """
 
 import asyncio
 import contextlib
 import itertools
+import logging
 import math
-import secrets
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,12 +18,24 @@ import zmq
 from em_sampler.params import Params
 from em_sampler.stats import transport
 from em_sampler.stats.aggregator import ReturnAddress
-from em_sampler.stats.wire import TOTALS_DTYPE, VALUES_DTYPE, add_tokens, add_totals, unpack
+from em_sampler.stats.wire import (
+    TOTALS_DTYPE,
+    VALUES_DTYPE,
+    MessageError,
+    add_tokens,
+    add_totals,
+    tokens_in_range,
+    totals_in_range,
+    unpack,
+)
 from server.stats.metrics import Metrics
+
+logger = logging.getLogger(__name__)
 
 RESPONSE_TIMEOUT_S = 0.5  # how long a response waits for the last of its stats
 METRICS_TIMEOUT_S = 5.0  # the same if no response waits, only the metrics
 POLL_INTERVAL_S = 0.1  # how often the socket is read while requests are in flight
+MAX_FRAMES_PER_TURN = 32  # of the event loop; about 30 ms if each is as large as can be
 
 TokenStats = tuple[float, float, int]  # entropy before and after in nats, steps
 
@@ -38,8 +51,9 @@ class ChoiceStats:
     def add_totals(self, totals: np.void) -> None:
         """Add TOTALS from a worker; they replace the single tokens at their positions."""
         add_totals(self.totals, [totals])
-        for position in range(int(totals["first"]), int(totals["end"])):
-            self.by_position.pop(position, None)
+        first, end = int(totals["first"]), int(totals["end"])
+        for position in [position for position in self.by_position if first <= position < end]:
+            del self.by_position[position]
 
     def missing(self) -> int:
         """Count the choice's tokens without stats."""
@@ -87,11 +101,15 @@ class StatsCollector:
         """
         self.metrics = metrics
         self.socket_name = transport.new_socket_name(server_index)
-        self.socket = transport.listen(zmq.Context.instance(), server_address, self.socket_name)
+        self.socket = transport.listen(server_address, self.socket_name)
         self.numbers = itertools.count()
         self.requests: dict[int, RequestStats] = {}
         self.waiting: set[int] = set()  # numbers of requests that have finished and whose stats are incomplete
-        self.is_polling = False
+        self.is_polling = False  # while requests are in flight
+        self.is_watched = False  # read as soon as anything arrives
+        self.is_reading = False  # the next turn of the loop goes on reading
+        self.in_multipart = False  # the next frame belongs to the same message as the last
+        self._watch()
 
     def new_request(self, params: Params, choices: int) -> RequestStats:
         """Make the stats of a request with this many choices. It is not in flight before `start`."""
@@ -105,6 +123,7 @@ class StatsCollector:
         """Take in a request's stats from now on: it goes to the engine."""
         self.requests[request.number] = request
         self._update_gauge()
+        self._watch()
         if not self.is_polling:
             self._poll()
 
@@ -117,18 +136,24 @@ class StatsCollector:
         if request.is_complete():
             self._finalize(request)
         else:
-            self._wait_for({*self.waiting, request.number})
+            self.waiting.add(request.number)
+            self._watch()
             asyncio.get_running_loop().call_later(timeout_s, self._finalize, request)
 
     def receive(self, message: bytes) -> None:
-        """Take in a worker's message; stats of requests that are final already are ignored."""
-        tokens, totals, header = unpack(message)
+        """Take in a worker's message; stats of requests that are final already are ignored.
+
+        Raises:
+            MessageError: if it is none, or holds rows that no worker can have sent; the others are taken in.
+        """
+        tokens, totals, header = unpack(message, self.socket_name)
+        good_tokens, good_totals = tokens[tokens_in_range(tokens)], totals[totals_in_range(totals)]
         changed = set()
-        for row in totals:  # first: they do not include the tokens of the same message
+        for row in good_totals:  # first: they do not include the tokens of the same message
             if choice := self._find(int(row["request_number"]), int(row["choice"])):
                 choice.add_totals(row)
                 changed.add(int(row["request_number"]))
-        for number, index, position, *values in tokens.tolist():
+        for number, index, position, *values in good_tokens.tolist():
             if choice := self._find(number, index):
                 choice.by_position[position] = tuple(values)
                 changed.add(number)
@@ -136,30 +161,60 @@ class StatsCollector:
         for number in changed:
             if self.requests[number].is_complete():
                 self._finalize(self.requests[number])
+        if len(good_tokens) < len(tokens) or len(good_totals) < len(totals):
+            raise MessageError("out_of_range")
 
-    def _wait_for(self, waiting: set[int]) -> None:
-        """Read the socket at once while any request is waiting, and otherwise in bulk, by `_poll` and `finish`.
+    def _watch(self) -> None:
+        """Read the socket at once while a response waits or no request is in flight, otherwise in bulk, by `_poll`.
 
-        There is a message for each step of the engine: to wake up as often would cost more than all else here.
+        In flight, there is a message for each step of the engine: to wake up as often would cost more than all else
+        here. Without requests nothing should come; what comes must not pile up.
         """
+        watched = bool(self.waiting) or not self.requests
         descriptor = int(self.socket.getsockopt(zmq.FD))
-        if waiting and not self.waiting:
+        if watched and not self.is_watched:
             asyncio.get_running_loop().add_reader(descriptor, self._read_socket)
-        elif self.waiting and not waiting:
+        elif self.is_watched and not watched:
             asyncio.get_running_loop().remove_reader(descriptor)
-        self.waiting = waiting
+        self.is_watched = watched
 
     def _poll(self) -> None:
-        self._read_socket()
         self.is_polling = bool(self.requests)
         if self.is_polling:
             asyncio.get_running_loop().call_later(POLL_INTERVAL_S, self._poll)
+        self._read_socket()
 
     def _read_socket(self) -> None:
-        while self.socket.poll(0):  # to the end: ZMQ's descriptor does not become readable again for what is left
-            socket_name, *message = self.socket.recv_multipart()
-            if secrets.compare_digest(socket_name, self.socket_name.encode()):  # by TCP anyone can send
-                self.receive(b"".join(message))
+        """Read what is there, but only so much in a turn of the loop, which has other work."""
+        for _ in range(MAX_FRAMES_PER_TURN):
+            try:
+                frame = self.socket.recv(zmq.NOBLOCK)
+            except zmq.ZMQError:  # nothing left
+                return
+            self._take(frame)
+        # To the end: ZMQ's descriptor does not become readable again for what is left.
+        if not self.is_reading:
+            self.is_reading = True
+            asyncio.get_running_loop().call_soon(self._read_on)
+
+    def _read_on(self) -> None:
+        self.is_reading = False
+        self._read_socket()
+
+    def _take(self, frame: bytes) -> None:
+        """Take in a frame that is a message by itself; count what cannot be taken in."""
+        has_more = bool(self.socket.getsockopt(zmq.RCVMORE))
+        is_message = not has_more and not self.in_multipart
+        is_first, self.in_multipart = not self.in_multipart, has_more
+        try:
+            if is_message:
+                self.receive(frame)
+            elif is_first:
+                raise MessageError("malformed")
+        except MessageError as error:
+            self.metrics.observe_rejected(error.reason)
+        except Exception:
+            logger.exception("em_inf: statistics of a worker's message were lost")
 
     def _find(self, number: int, index: int) -> ChoiceStats | None:
         request = self.requests.get(number)
@@ -171,7 +226,8 @@ class StatsCollector:
     def _finalize(self, request: RequestStats) -> None:
         if self.requests.pop(request.number, None) is None:
             return  # final already
-        self._wait_for(self.waiting - {request.number})
+        self.waiting.discard(request.number)
+        self._watch()
         self._update_gauge()
         for choice in request.choices:
             missing = choice.missing()

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
 
 from em_sampler.params import METHODS
-from em_sampler.stats.wire import ENTROPY_BUCKETS, HISTOGRAMS, StructuredArray
+from em_sampler.stats.wire import ENTROPY_BUCKETS, HISTOGRAMS, REJECTION_REASONS, StructuredArray
 
 HELP = {
     "requests": "HTTP requests that asked for a method (em_inf, adaptive_temperature, or none: measured only), by how "
@@ -25,6 +25,9 @@ HELP = {
     "entropy_reduction_nats": "By how much the method lowered a token's entropy; 0 if it did not.",
     "tracked_requests": "Requests whose statistics are being collected now: those in the engine, and a few just ended.",
     "records_dropped": "Statistics lost on the way from a worker to this server, so that sampling need not wait.",
+    "messages_rejected": "Messages at the statistics socket that were not taken in, by reason: malformed, version (a "
+    "worker of another version of this project), recipient (for another API server), out_of_range (rows that no worker "
+    "can have measured; its other rows were taken in).",
     "transform_info": "1 for each transform that a worker uses: triton_cuda, numba_cpu, or eager, which is many "
     "times slower.",
     "transform_seconds": "Seconds that the workers spent in the transform, measuring included; on a GPU by its clock.",
@@ -75,6 +78,7 @@ class Metrics:
         for transform in transforms:
             info.labels(model=model, **transform).set(1)
         self.dropped = counter("records_dropped", ("model",))
+        self.messages_rejected = counter("messages_rejected", ("model", "reason"))
         self.seconds = counter("transform_seconds", ("model",))
         self._start_at_zero()
 
@@ -87,6 +91,8 @@ class Metrics:
             for outcome in OUTCOMES:
                 self.requests.labels(self.model, method, outcome)
         self.requests.labels(self.model, UNKNOWN_METHOD, "rejected")
+        for reason in REJECTION_REASONS:
+            self.messages_rejected.labels(self.model, reason)
         for metric in (self.tracked, self.dropped, self.seconds):
             metric.labels(self.model)
 
@@ -109,3 +115,7 @@ class Metrics:
         """Add the seconds a worker spent in the transform and the stats it lost, since its last message."""
         self.seconds.labels(self.model).inc(seconds)
         self.dropped.labels(self.model).inc(dropped)
+
+    def observe_rejected(self, reason: str) -> None:
+        """Count a message that was rejected for one of REJECTION_REASONS."""
+        self.messages_rejected.labels(self.model, reason).inc()

@@ -151,7 +151,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
     from server.cli import serve
 
-    with mock.patch.dict(os.environ), mock.patch.object(ServeSubcommand, "cmd") as start:
+    key = {"EM_INF_STATISTICS_KEY": "x" * 32}  # from the Secret
+    with mock.patch.dict(os.environ, key), mock.patch.object(ServeSubcommand, "cmd") as start:
         serve(arguments)
     (namespace,) = start.call_args.args
     assert isinstance(namespace, argparse.Namespace)

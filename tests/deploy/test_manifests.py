@@ -14,13 +14,14 @@ import jsonschema
 import pytest
 import yaml
 
+from em_sampler.stats.curve import KEY_ENV
 from tests.deploy import manifests
 from tests.deploy.manifests import CASES, DEPLOY, KUBERNETES, Manifests, Node, Object, closed, find, kustomize, parse
 
 SCHEMAS = Path(__file__).parent / "schemas"
 VERSIONS = ("1.29", "1.37")  # of Kubernetes: the oldest that docs/deploy.md supports, and the newest with a schema
 EXIT_MARGIN_S = 15  # for the processes to exit after the last request
-SECRET_KEYS = {"api-key", "hub-token"}
+SECRET_KEYS = {"api-key", "hub-token", "statistics-key"}
 
 needs_kubectl = pytest.mark.skipif(
     manifests.kubectl() is None, reason="kubectl is not installed: it renders the manifests"
@@ -86,6 +87,8 @@ def test_em_serve_accepts_its_arguments_and_they_fit_the_pod(rendered: Manifests
         if node.size > 1:
             assert args.master_addr == rendered.environment(node)["LWS_LEADER_ADDRESS"]
             assert args.em_inf_statistics_address == f"{args.master_addr}:8600"
+            (key,) = (each for each in node.server["env"] if each["name"] == KEY_ENV)
+            assert key["valueFrom"]["secretKeyRef"] == {"name": "em-inf-server", "key": "statistics-key"}
 
 
 @needs_kubectl

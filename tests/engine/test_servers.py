@@ -4,6 +4,7 @@ import asyncio
 import json
 import os
 import re
+import secrets
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -36,6 +37,9 @@ def complete(server: Server, **options: Any) -> str:
     return server.client.completions.create(model="demo", prompt=UNSURE, **settings).choices[0].text
 
 
+STATISTICS_KEY = secrets.token_hex(32)
+
+
 class TestTwoMachines:
     """Data-parallel engines on two machines: their servers end before others start."""
 
@@ -52,8 +56,8 @@ class TestTwoMachines:
         both += ("--data-parallel-address", "127.0.0.1", "--data-parallel-rpc-port", rpc_port)
         operator = ("--em-inf-default", json.dumps(CAPPED), "--em-inf-max-steps", str(CAPPED["steps"]))
         with (
-            started(*both, "--headless", "--data-parallel-start-rank", "1"),
-            serve(*both, *operator, "--api-server-count", "2") as server,
+            started(*both, "--headless", "--data-parallel-start-rank", "1", EM_INF_STATISTICS_KEY=STATISTICS_KEY),
+            serve(*both, *operator, "--api-server-count", "2", EM_INF_STATISTICS_KEY=STATISTICS_KEY) as server,
         ):
             yield server
 

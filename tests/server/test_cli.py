@@ -53,6 +53,7 @@ def test_flags_reach_the_settings() -> None:
         (["--em-inf-default", '{"steps": 9}', "--em-inf-max-steps", "8"], "got 9; this server allows"),
         (["--em-inf-max-steps", "65"], "argument --em-inf-max-steps: "),
         (["--em-inf-statistics-address", "nowhere"], "argument --em-inf-statistics-address: "),
+        (["--em-inf-statistics-address", "here:8600"], "set EM_INF_STATISTICS_KEY to the same 32 or more random"),
         (["--strategy-max-branches", "1"], "got '1'; must be an integer from 2 up"),
         (["--strategy-max-in-flight", "x"], "got 'x'; must be an integer from 1 up"),
         (["--strategy-max-branches", "9", "--strategy-max-in-flight", "8"], "above --strategy-max-in-flight"),

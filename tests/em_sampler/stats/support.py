@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import zmq
 
 from em_sampler.stats.aggregator import ReturnAddress
 from em_sampler.stats.transport import listen
 from em_sampler.stats.wire import StructuredArray, unpack
 
 ONE, OTHER = "0123456789abcdef" * 2 + ".0", "f" * 32 + ".1"  # socket names
+KEY = "a key for tests, 32 characters or more"
 TokenStats = tuple[float, float, int]  # entropy before and after, steps
 
 
@@ -38,14 +38,12 @@ class Server:
     def __init__(self, address: Path | str, socket_name: str) -> None:
         self.socket_name = socket_name
         address = address if isinstance(address, str) else f"ipc://{address}"
-        self.socket = listen(zmq.Context.instance(), address, socket_name)
+        self.socket = listen(address, socket_name)
 
     def receive(self) -> tuple[StructuredArray, StructuredArray, np.void]:
         """Wait for a message; (tokens, totals, header)."""
         assert self.socket.poll(10_000), "nothing came"
-        socket_name, message = self.socket.recv_multipart()
-        assert socket_name.decode() == self.socket_name
-        return unpack(message)
+        return unpack(self.socket.recv(), self.socket_name)
 
 
 @contextlib.contextmanager

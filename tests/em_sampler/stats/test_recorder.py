@@ -3,19 +3,25 @@
 import contextlib
 import math
 import os
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
+from em_sampler.stats import recorder as recorder_module
 from em_sampler.stats.aggregator import FINAL_AFTER_TOKENS
+from em_sampler.stats.curve import KEY_ENV
 from em_sampler.stats.recorder import MAX_IN_FLIGHT_STEPS, StatsRecorder, StepBuffer
 from em_sampler.stats.transport import ADDRESS_ENV, SOCKET_DIR_ENV, socket_dir
+from em_sampler.stats.wire import MAX_ROWS
 from em_sampler.transforms.batch import TransformOutput
 from harness.ports import free_port
 from server.stats.collector import ChoiceStats
-from tests.em_sampler.stats.support import ONE, OTHER, TokenStats, at, read, return_address, server
+from tests.em_sampler.stats.support import KEY, ONE, OTHER, TokenStats, at, read, return_address, server
 
 CPU, NAN = torch.device("cpu"), math.nan
 DEVICE = torch.device(os.environ.get("EM_TEST_DEVICE", "cpu"))  # benchmarks/gpu.sh sets it to "cuda"
@@ -71,7 +77,7 @@ def test_the_thread_sets_its_device_first(monkeypatch: pytest.MonkeyPatch, tmp_p
     monkeypatch.setattr(torch.cuda, "set_device", stop)
     recorder = StatsRecorder(1, 1, torch.device("cuda:1"), enabled=False)
     with pytest.raises(StoppedError):
-        recorder._run(f"ipc://{tmp_path}")
+        recorder._run(f"ipc://{tmp_path}", recorder.events, recorder.free_buffers)
     assert devices == [torch.device("cuda:1")]
 
 
@@ -242,6 +248,7 @@ def test_a_step_that_cannot_be_read_does_not_stop_the_next(
 def test_api_servers_on_another_machine_have_a_port_each(host: str, monkeypatch: pytest.MonkeyPatch) -> None:
     address = f"{host}:{free_port(consecutive=2)}"
     monkeypatch.setenv(ADDRESS_ENV, address)
+    monkeypatch.setenv(KEY_ENV, KEY)
     monkeypatch.setenv(SOCKET_DIR_ENV, "/nowhere")  # em-serve makes a folder in any case
     with server(f"tcp://{address}", ONE) as one, server(f"tcp://{address}", OTHER) as other:
         recorder = StatsRecorder(2, 2, CPU)
@@ -250,3 +257,98 @@ def test_api_servers_on_another_machine_have_a_port_each(host: str, monkeypatch:
         step(recorder, (0, 3, at(3)), (1, 4, at(4)))
         assert read(one.receive()[0]) == [(7, 0, 3, *at(3))]
         assert read(other.receive()[0]) == [(8, 0, 4, *at(4))]
+
+
+# A thread that dies
+
+
+@pytest.mark.parametrize("fault", [MemoryError, SystemExit])
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_thread_that_dies_is_started_again(
+    fault: type[BaseException], folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def die(*_: object) -> None:
+        raise fault
+
+    monkeypatch.setattr(recorder_module, "RESTART_INTERVAL_S", 0.0)
+    recorder = StatsRecorder(2, 2, CPU)
+    with server(folder) as one:
+        recorder.assign(0, return_address(7, per_token=True))
+        with monkeypatch.context() as patched:
+            patched.setattr(recorder_module, "_drain", die)
+            recorder.start_step()  # starts the thread, which may be dead already
+            died = join(recorder)
+        step(recorder, (0, 1, at(1)))  # the request is as old as the dead thread
+        assert read(one.receive()[0]) == [(7, 0, 1, *at(1))]
+        recorder.assign(0, None)
+        recorder.assign(1, return_address(8, per_token=True))
+        step(recorder, (1, 0, at(0)))
+        assert read(one.receive()[0]) == [(8, 0, 0, *at(0))]
+        assert recorder.thread is not died
+        assert "is started again" in caplog.text
+        assert len(recorder.free_buffers) == MAX_IN_FLIGHT_STEPS
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_without_a_thread_nothing_piles_up_and_what_is_lost_is_counted(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def die(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(recorder_module, "RESTART_INTERVAL_S", 1e9)
+    monkeypatch.setattr(recorder_module, "_drain", die)
+    recorder = StatsRecorder(2, 2, CPU)
+    recorder.assign(0, return_address(0))
+    recorder.start_step()
+    join(recorder)
+    before = recorder.dropped  # the step above, if the thread died as fast
+    for number in range(1000):
+        recorder.assign(0, return_address(number))
+        assert recorder.start_step() is None
+        recorder.assign(0, None)
+    assert recorder.events.qsize() <= 2
+    assert recorder.dropped - before == 1000
+
+
+def test_a_thread_that_is_stuck_is_replaced(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    release = threading.Event()
+    monkeypatch.setattr(recorder_module, "RESTART_INTERVAL_S", 0.0)
+    monkeypatch.setattr(recorder_module, "MAX_EVENTS", 100)
+    recorder = StatsRecorder(1, 1, CPU)
+    with server(folder) as one:
+        recorder.assign(0, return_address(7, per_token=True))
+        monkeypatch.setattr(recorder.free_buffers[0], "wait", release.wait)
+        step(recorder, (0, 0, at(0)))
+        stuck = recorder.thread
+        assert stuck is not None
+        while not recorder.events.empty():  # until it waits for that step
+            time.sleep(0.001)
+        for _ in range(1000):
+            recorder.assign(0, return_address(8, per_token=True))
+        assert recorder.events.qsize() <= 100
+        step(recorder, (0, 1, at(1)))
+        assert read(one.receive()[0]) == [(8, 0, 1, *at(1))]
+        release.set()
+        stuck.join(60)
+        assert not stuck.is_alive()
+
+
+def join(recorder: StatsRecorder) -> threading.Thread:
+    """Wait for the end of the recorder's thread."""
+    assert recorder.thread is not None
+    recorder.thread.join(60)
+    assert not recorder.thread.is_alive()
+    return recorder.thread
+
+
+def test_more_rows_than_a_message_holds_make_several(folder: Path) -> None:
+    rows = MAX_ROWS + 10
+    recorder = StatsRecorder(1, rows, CPU)
+    with server(folder) as one:
+        recorder.assign(0, return_address(7, per_token=True))
+        step(recorder, *((0, position, (1.0, 0.5, 3)) for position in range(rows)))
+        messages = [one.receive() for _ in range(2)]
+        assert [len(tokens) for tokens, _, _ in messages] == [MAX_ROWS, 10]
+        assert np.concatenate([tokens for tokens, _, _ in messages])["position"].tolist() == list(range(rows))
+        assert [header["seconds"] > 0 for _, _, header in messages] == [True, False]
