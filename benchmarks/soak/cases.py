@@ -135,7 +135,7 @@ class Cases:
         """Yield requests that have our fields and nothing else that could be wrong."""
         while True:
             path = self.random.choice(ROUTES)
-            yield Case(path, self._body(path) | self._ours(path, hostile=0.4), plain=True)
+            yield Case(path, self._body(path) | self._ours(path, hostile=0.15), plain=True)
 
     def combined(self) -> Iterator[Case]:
         """Yield requests that have our fields and some of vLLM's."""
