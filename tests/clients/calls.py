@@ -161,7 +161,7 @@ def _guidellm(url: str, extra: dict[str, Any], stream: bool) -> Result:
         command += ["--profile", "kind=synchronous", "--constraint", "kind=max_requests,count=1"]
         command += ["--data", f"kind=json_file,path={data}", "--disable-console"]
         command += ["--output", f"kind=json,path={report}"]
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=250)
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=80)
         if not report.exists():
             raise RuntimeError((done.stderr + done.stdout)[-1500:])
         run = json.loads(report.read_text())
