@@ -8,6 +8,7 @@ import argparse
 import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -120,6 +121,7 @@ def main() -> None:
     parser.add_argument("libraries", nargs="*", help="default: all")
     parser.add_argument("--url", help="a server with the demo model, without /v1; default: start one")
     arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by SIGTERM"))  # by an exception: the server is stopped too
     libraries = arguments.libraries or [*PYTHON_LIBRARIES, *NODE_LIBRARIES]
     FOLDER.mkdir(parents=True, exist_ok=True)
     results: dict[str, list[Cell]] = {}
