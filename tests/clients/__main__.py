@@ -60,9 +60,12 @@ def call(library: str, url: str) -> list[Cell]:
     program = ["node", "build/clients/calls.mjs"] if library in NODE_LIBRARIES else [PYTHON, str(HERE / "calls.py")]
     variables = {"LITELLM_LOCAL_MODEL_COST_MAP": "True", "HF_HUB_OFFLINE": "1", "HAYSTACK_TELEMETRY_ENABLED": "False"}
     command = [*program, library, url, json.dumps([*CALLS.values()])]
-    done = subprocess.run(
-        command, env=os.environ | variables, capture_output=True, text=True, timeout=LIMIT_S, check=False
-    )
+    try:
+        done = subprocess.run(
+            command, env=os.environ | variables, capture_output=True, text=True, timeout=LIMIT_S, check=False
+        )
+    except subprocess.TimeoutExpired:
+        return [Cell(f"failed: no end within {LIMIT_S} s", False)] * len(CALLS)
     said = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     said += [{"failed": done.stderr[-300:]}] * (len(CALLS) - len(said))
     return [cell(result, bool(extra)) for result, (extra, _) in zip(said, CALLS.values(), strict=True)]
