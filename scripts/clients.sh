@@ -1,6 +1,6 @@
 #!/bin/sh
 # clients.sh [ARGUMENT...]: install the client libraries that requirements/clients.txt and tests/clients/package-lock.json pin into
-# build/clients, and run tests/clients with the ARGUMENTs. Without torch, which guidellm and lm-eval name and these calls never use.
+# build/clients, and run tests/clients with the ARGUMENTs. guidellm needs torch: it gets the CPU build that this project installs.
 set -eu
 cd "$(dirname "$0")/.."
 folder=build/clients
@@ -11,6 +11,10 @@ if [ "$(cat $folder/installed 2>/dev/null)" != "$want" ]; then
     mkdir -p $folder
     .venv/bin/python -m venv --clear $folder/venv
     .venv/bin/uv pip install --quiet --python $folder/venv/bin/python --no-deps -r requirements/clients.txt
+    # As scripts/image-packages.sh does: by pip if it knows an index with this wheel, else by uv, which knows PyTorch's own.
+    $folder/venv/bin/python -m pip install -qq --no-deps -r requirements/torch-cpu.txt 2>/dev/null ||
+        .venv/bin/uv pip install --quiet --python $folder/venv/bin/python --torch-backend=cpu --no-deps \
+            -r requirements/torch-cpu.txt
     cp tests/clients/package.json tests/clients/package-lock.json $folder/
     npm ci --prefix $folder --no-audit --no-fund
     echo "$want" >$folder/installed

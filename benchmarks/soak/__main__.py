@@ -4,6 +4,7 @@ Ends with 1 if there was a server error of ours, a broken stream, a hang of /hea
 """
 
 import argparse
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -61,6 +62,7 @@ def main() -> None:
     parser.add_argument("--share", type=float, default=1.0, help="share of the full number of requests and time")
     parser.add_argument("--out", type=Path, default=Path("build/soak"))
     arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by SIGTERM"))  # by an exception: the server is stopped too
     parts = [part for part in arguments.only or PARTS if part not in arguments.without]
     arguments.out.mkdir(parents=True, exist_ok=True)
     if "schema" in parts:

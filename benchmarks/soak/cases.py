@@ -18,7 +18,7 @@ EM_INF: dict[str, list[Any]] = {
     "learning_rate": [0.1, 10],
     "kl_weight": [0, 0.001, 10],
     "optimizer": ["adam", "sgd"],
-    "method": ["em_inf", "none"],
+    "method": ["em_inf"],
     "stats": ["none", "summary", "tokens"],
 }
 ADAPTIVE: dict[str, list[Any]] = {
@@ -29,6 +29,8 @@ ADAPTIVE: dict[str, list[Any]] = {
     "max_temperature": [0.5, 1, 10],
     "stats": ["none", "summary", "tokens"],
 }
+MEASURE: dict[str, list[Any]] = {"method": ["none"], "stats": ["none", "summary", "tokens"]}
+METHODS = (EM_INF, ADAPTIVE, MEASURE)
 ANSWERS: list[Any] = [
     *({"type": "boxed"}, {"type": "last_number"}, {"type": "text"}),
     *({"type": "regex", "pattern": pattern} for pattern in ("[0-9]+", "a.*b|.", "(?:.{0,60}){0,15}z|.", "(", "")),
@@ -135,7 +137,7 @@ class Cases:
         """Yield requests that have our fields and nothing else that could be wrong."""
         while True:
             path = self.random.choice(ROUTES)
-            yield Case(path, self._body(path) | self._ours(path, hostile=0.4), plain=True)
+            yield Case(path, self._body(path) | self._ours(path, hostile=0.15), plain=True)
 
     def combined(self) -> Iterator[Case]:
         """Yield requests that have our fields and some of vLLM's."""
@@ -156,7 +158,7 @@ class Cases:
             path = self.random.choice((CHAT, CHAT, COMPLETIONS))
             body = self._body(path) | {"seed": self.random.randrange(2**31)}
             if self.random.random() < 0.6:
-                body["em_inf"] = self._fields(self.random.choice([EM_INF, ADAPTIVE]), 0)
+                body["em_inf"] = self._fields(self.random.choice(METHODS), 0)
             if path == CHAT and self.random.random() < 0.2:
                 kind = self.random.choice(["self_consistency", "deepconf"])
                 n = {"n": 3} | ({"warmup": 1} if kind == "deepconf" else {})
@@ -178,7 +180,7 @@ class Cases:
         if form in ("strategy", "both"):
             fields["strategy"] = self._strategy(hostile)
         if form == "flat":
-            settings = self._fields(self.random.choice([EM_INF, ADAPTIVE]), hostile)
+            settings = self._fields(self.random.choice(METHODS), hostile)
             fields["vllm_xargs"] = {f"em_inf_{name}": value for name, value in settings.items()} or {"em_inf": True}
         return fields
 
@@ -187,7 +189,7 @@ class Cases:
             return self.random.choice(HOSTILE)
         if self.random.random() < 0.2:
             return self.random.choice([True, False])
-        return self._fields(self.random.choice([EM_INF, ADAPTIVE]), hostile)
+        return self._fields(self.random.choice(METHODS), hostile)
 
     def _strategy(self, hostile: float) -> Any:
         if self.random.random() < hostile / 2:
@@ -196,9 +198,9 @@ class Cases:
         return {"type": kind} | self._fields(STRATEGIES[kind], hostile)
 
     def _fields(self, allowed: dict[str, list[Any]], hostile: float) -> dict[str, Any]:
-        """Return some of `allowed`, at times with a field that does not exist; for ADAPTIVE always with its method."""
+        """Return some of `allowed`, the method if it must be said, and at times a field that does not exist."""
         names = self.random.sample(sorted(allowed), self.random.randint(0, len(allowed)))
-        names += ["method"] * (allowed is ADAPTIVE and "method" not in names)
+        names += ["method"] * (allowed in (ADAPTIVE, MEASURE) and "method" not in names)
         fields = {name: self._value(allowed[name], hostile) for name in names}
         return fields | ({"no_such_field": 1} if self.random.random() < hostile / 4 else {})
 

@@ -20,8 +20,8 @@ EVENTS = {"Content-Type": "text/event-stream"}
 def outcome(monkeypatch: pytest.MonkeyPatch, case: Case, *answers: httpx.Response) -> exchange.Outcome:
     """How a case ends on a server that gives these answers, one after another."""
     left = iter(answers)
-    client = httpx.Client(base_url="http://test", transport=httpx.MockTransport(lambda _: next(left)))
-    monkeypatch.setattr(Target, "client", lambda _: client)
+    transport = httpx.MockTransport(lambda _: next(left))
+    monkeypatch.setattr(Target, "client", lambda _: httpx.Client(base_url="http://test", transport=transport))
     return Target("http://test", 1).send(case)
 
 

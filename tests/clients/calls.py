@@ -1,6 +1,6 @@
-"""One call by one library: `calls.py LIBRARY URL EXTRA-AS-JSON STREAM-AS-JSON`. Runs in build/clients/venv alone.
+"""Calls by one library: `calls.py LIBRARY URL CALLS-AS-JSON`, each call [extra fields, streamed]; in a venv of its own.
 
-Prints {"text", "usage", "block"}, or {"cannot"} if the library has no way to make this call.
+Prints a line for each: {"text", "usage", "block"}, {"cannot"} if the library has no way to make it, or {"failed"}.
 """
 
 import asyncio
@@ -161,9 +161,9 @@ def _guidellm(url: str, extra: dict[str, Any], stream: bool) -> Result:
         command += ["--profile", "kind=synchronous", "--constraint", "kind=max_requests,count=1"]
         command += ["--data", f"kind=json_file,path={data}", "--disable-console"]
         command += ["--output", f"kind=json,path={report}"]
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=250)
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=80)
         if not report.exists():
-            raise SystemExit((done.stderr + done.stdout)[-1500:])
+            raise RuntimeError((done.stderr + done.stdout)[-1500:])
         run = json.loads(report.read_text())
     request = run["benchmarks"][0]["requests"]["successful"][0]
     return result(request["output"], request["output_metrics"].get("text_tokens"), request, extra)
@@ -171,6 +171,7 @@ def _guidellm(url: str, extra: dict[str, Any], stream: bool) -> Result:
 
 def _lm_eval(url: str, extra: dict[str, Any], stream: bool) -> Result:
     from lm_eval.api.instance import Instance
+    from lm_eval.models.api_models import JsonChatStr
     from lm_eval.models.openai_completions import LocalChatCompletion
 
     if stream:
@@ -178,8 +179,6 @@ def _lm_eval(url: str, extra: dict[str, Any], stream: bool) -> Result:
     model = LocalChatCompletion(base_url=f"{url}/v1/chat/completions", model="demo", tokenizer_backend=None)
     asked = json.dumps(messages())
     kwargs = {"temperature": TEMPERATURE, "max_gen_toks": TOKENS, "until": ["\n\n"], **extra}
-    from lm_eval.models.api_models import JsonChatStr
-
     instance = Instance("generate_until", {}, (JsonChatStr(asked), kwargs), 0)
     return result(model.generate_until([instance])[0], None, None, extra)
 
@@ -195,7 +194,7 @@ def _curl(url: str, extra: dict[str, Any], stream: bool) -> Result:
         return result(reply["choices"][0]["message"]["content"], reply["usage"], reply, extra)
     lines = [line.removeprefix("data: ") for line in text.splitlines() if line.startswith("data: ")]
     if lines[-1] != "[DONE]":
-        raise SystemExit("no [DONE]")
+        raise RuntimeError("no [DONE]")
     chunks = [json.loads(line) for line in lines[:-1]]
     said = "".join(each["choices"][0]["delta"].get("content") or "" for each in chunks if each["choices"])
     return result(said, next((each["usage"] for each in chunks if each.get("usage")), None), chunks, extra)
@@ -215,5 +214,10 @@ LIBRARIES: dict[str, Callable[[str, dict[str, Any], bool], Result]] = {
 }
 
 if __name__ == "__main__":
-    library, address, fields, streamed = sys.argv[1:]
-    print(json.dumps(LIBRARIES[library](address, json.loads(fields), json.loads(streamed))))
+    library, address, calls = sys.argv[1:]
+    for fields, streamed in json.loads(calls):
+        try:
+            said = LIBRARIES[library](address, fields, streamed)
+        except Exception as error:  # whatever a library raises is what its user sees
+            said = {"failed": f"{type(error).__name__}: {error}"}
+        print(json.dumps(said), flush=True)
