@@ -48,7 +48,7 @@ async def _handle(vllm_handler: VLLMHandler, route: str, request: Any, raw_reque
     """
     params = _apply_em_inf(request, raw_request)
     if route != CHAT_ROUTE and getattr(request, STRATEGY_KEY, None) is not None:
-        raise unsupported_field(raw_request.url.path, STRATEGY_KEY, f"use {CHAT_ROUTE}")
+        raise unsupported_field(route, STRATEGY_KEY, f"use {CHAT_ROUTE}")
     try:
         run = _reserve_strategy(request, raw_request, params) if route == CHAT_ROUTE else None
     except TooManyBranchesError as error:
@@ -56,7 +56,7 @@ async def _handle(vllm_handler: VLLMHandler, route: str, request: Any, raw_reque
     if params is None and run is None:
         return await vllm_handler(request, raw_request)
     stats = params.stats if params else "none"
-    extras = ResponseExtras(stats, one_choice_set_per_prompt=route == COMPLETIONS_ROUTE, run=run)
+    extras = ResponseExtras(stats, route == COMPLETIONS_ROUTE, run, _continuous_usage(request, raw_request))
     request_stats_var.set(extras.request_stats)
     strategy_run_var.set(run)
     on_outcome = partial(_finish, raw_request.app.state.em_inf_metrics, params, run)
@@ -138,6 +138,13 @@ class _Chat:
         request_id = self.raw_request.state.request_metadata.request_id
         model = self.request.model or self.state.em_inf_metrics.model
         return {"id": request_id, "object": "chat.completion.chunk", "created": int(time.time()), "model": model}
+
+
+def _continuous_usage(request: Any, raw_request: Request) -> bool:
+    """Return whether every chunk of the request's stream has a usage."""
+    options = getattr(request, "stream_options", None)
+    forced = getattr(raw_request.app.state.openai_serving_chat, "enable_force_include_usage", False)
+    return bool(forced or (options and options.include_usage and options.continuous_usage_stats))
 
 
 def _finish(metrics: Metrics, params: Params | None, run: StrategyRun | None, outcome: str) -> None:
