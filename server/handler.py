@@ -20,10 +20,11 @@ from server.errors import bad_request, too_many_branches, unsupported_field
 from server.protocol import CHAT_ROUTE, COMPLETIONS_ROUTE, apply_em_inf, resolve_strategy, with_our_fields
 from server.response import OnOutcome, ResponseExtras, with_extras
 from server.stats.metrics import UNKNOWN_METHOD, Metrics
-from server.strategies.branches import CountReasoning
+from server.strategies.branches import CountReasoning, NoNextPromptError
 from server.strategies.registry import STRATEGY_KEY
 from server.strategies.run import StrategyRun
 
+TOO_LONG = ("input_tokens", "input_text")  # parameters of vLLM's errors for a prompt that is longer than the context
 ALL_LOGPROBS = 10**6  # those of a whole vocabulary
 
 VLLMHandler = Callable[[Any, Request], Awaitable[Any]]
@@ -100,17 +101,29 @@ class _Chat:
         self.raw_request = raw_request
         self.state = raw_request.app.state
 
-    async def next_prompt(self, reply: str) -> Any | None:
-        """Render the conversation with `reply` and the refinement prompt; None if it is longer than the context."""
+    async def next_prompt(self, reply: str) -> Any:
+        """Render the conversation with `reply` and the refinement prompt.
+
+        Raises:
+            NoNextPromptError: if it is longer than the context, or if the chat template refuses it.
+        """
         prompt = self.state.em_inf.strategy_refinement_prompt
-        turns = [{"role": "assistant", "content": reply}, {"role": "user", "content": prompt}]
-        fields = {"messages": [*self.request.messages, *turns], "add_generation_prompt": True}
+        messages = [*self.request.messages]
+        if self.request.continue_final_message:  # the reply is the rest of the last message
+            messages[-1] = messages[-1] | {"content": _joined(messages[-1].get("content"), reply)}
+        else:
+            messages.append({"role": "assistant", "content": reply})
+        messages.append({"role": "user", "content": prompt})
+        fields = {"messages": messages, "add_generation_prompt": True}
         next_request = self.request.model_copy(update=fields | {"continue_final_message": False})
         try:
             rendered = await self.state.openai_serving_chat.render_chat_request(next_request)
-        except VLLMClientError:
-            return None
-        return rendered[1][0] if isinstance(rendered, tuple) else None
+        except VLLMClientError as error:
+            too_long = getattr(error, "parameter", None) in TOO_LONG
+            raise NoNextPromptError("context" if too_long else "template") from error
+        if not isinstance(rendered, tuple):  # vLLM's error response
+            raise NoNextPromptError("template")
+        return rendered[1][0]
 
     def logprobs(self) -> int:
         """Return how many log-probabilities per token the client gets at most."""
@@ -138,6 +151,16 @@ class _Chat:
         request_id = self.raw_request.state.request_metadata.request_id
         model = self.request.model or self.state.em_inf_metrics.model
         return {"id": request_id, "object": "chat.completion.chunk", "created": int(time.time()), "model": model}
+
+
+def _joined(content: Any, reply: str) -> Any:
+    """Return a message's content with `reply` at its end: in the last part, if that is a text, as one text."""
+    if not content or isinstance(content, str):
+        return (content or "") + reply
+    *parts, last = content
+    if last.get("type") == "text":
+        return [*parts, last | {"text": last["text"] + reply}]
+    return [*parts, last, {"type": "text", "text": reply}]
 
 
 def _continuous_usage(request: Any, raw_request: Request) -> bool:

@@ -215,5 +215,5 @@ def _token(stats: TokenStats | None) -> dict[str, Any] | None:
 
 
 def _nats(entropy: float) -> float | None:
-    """Round to six decimals, below float32's error on a large vocabulary; None if it is not finite, so that it fits JSON."""
+    """Round to six decimals, below float32's error on a large vocabulary; None if not finite: JSON lacks that."""
     return round(max(entropy, 0.0), 6) if math.isfinite(entropy) else None

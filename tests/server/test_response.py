@@ -126,10 +126,10 @@ def test_white_space_after_an_object_is_accepted() -> None:
 @pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
 def test_a_number_that_json_lacks_becomes_null(number: float) -> None:
     made = ResponseExtras("tokens", one_choice_set_per_prompt=False)
-    made.request_stats.append(final_stats([(number, number, 0)]))
+    made.request_stats.append(final_stats([(number, 1.0, 0)]))
     response, _ = extended(JSONResponse({"id": "x"}), made)
     assert b"NaN" not in response.body and b"Infinity" not in response.body
-    assert json.loads(bytes(response.body))["em_inf"][0]["per_token"] == [{"before": None, "after": None, "steps": 0}]
+    assert json.loads(bytes(response.body))["em_inf"][0]["per_token"] == [{"before": None, "after": 1.0, "steps": 0}]
 
 
 @pytest.mark.parametrize(
