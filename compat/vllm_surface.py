@@ -228,6 +228,9 @@ SURFACE: dict[tuple[str, str], dict[Expectation, str]] = {
         contains(
             "OpenAIServingChat.__init__", "self._include_reasoning_tokens_details = bool(reasoning_parser)"
         ): "whether it does",
+        contains(
+            "OpenAIServingChat.__init__", "self.enable_force_include_usage = enable_force_include_usage"
+        ): "whether every chunk of a stream has a usage",
     },
     (ENDPOINTS, "vllm/engine/protocol.py"): {
         has(

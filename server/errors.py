@@ -48,7 +48,7 @@ def shutting_down() -> JSONResponse:
 def cut_off_event() -> bytes:
     """Make the end of a stream that this server's shutdown cuts off: an error, then [DONE]."""
     error = _error(HTTPStatus.SERVICE_UNAVAILABLE, "this server is shutting down: the reply was cut off", None)
-    return f"data: {json.dumps(error)}\n\ndata: [DONE]\n\n".encode()
+    return f"data: {json.dumps(error, allow_nan=False)}\n\ndata: [DONE]\n\n".encode()
 
 
 def _error_response(status: HTTPStatus, message: str, param: str | None, headers: Mapping[str, str]) -> JSONResponse:

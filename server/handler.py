@@ -20,10 +20,11 @@ from server.errors import bad_request, too_many_branches, unsupported_field
 from server.protocol import CHAT_ROUTE, COMPLETIONS_ROUTE, apply_em_inf, resolve_strategy, with_our_fields
 from server.response import OnOutcome, ResponseExtras, with_extras
 from server.stats.metrics import UNKNOWN_METHOD, Metrics
-from server.strategies.branches import CountReasoning
+from server.strategies.branches import CountReasoning, NoNextPromptError
 from server.strategies.registry import STRATEGY_KEY
 from server.strategies.run import StrategyRun
 
+TOO_LONG = ("input_tokens", "input_text")  # parameters of vLLM's errors for a prompt that is longer than the context
 ALL_LOGPROBS = 10**6  # those of a whole vocabulary
 
 VLLMHandler = Callable[[Any, Request], Awaitable[Any]]
@@ -48,7 +49,7 @@ async def _handle(vllm_handler: VLLMHandler, route: str, request: Any, raw_reque
     """
     params = _apply_em_inf(request, raw_request)
     if route != CHAT_ROUTE and getattr(request, STRATEGY_KEY, None) is not None:
-        raise unsupported_field(raw_request.url.path, STRATEGY_KEY, f"use {CHAT_ROUTE}")
+        raise unsupported_field(route, STRATEGY_KEY, f"use {CHAT_ROUTE}")
     try:
         run = _reserve_strategy(request, raw_request, params) if route == CHAT_ROUTE else None
     except TooManyBranchesError as error:
@@ -56,7 +57,7 @@ async def _handle(vllm_handler: VLLMHandler, route: str, request: Any, raw_reque
     if params is None and run is None:
         return await vllm_handler(request, raw_request)
     stats = params.stats if params else "none"
-    extras = ResponseExtras(stats, one_choice_set_per_prompt=route == COMPLETIONS_ROUTE, run=run)
+    extras = ResponseExtras(stats, route == COMPLETIONS_ROUTE, run, _continuous_usage(request, raw_request))
     request_stats_var.set(extras.request_stats)
     strategy_run_var.set(run)
     on_outcome = partial(_finish, raw_request.app.state.em_inf_metrics, params, run)
@@ -100,17 +101,29 @@ class _Chat:
         self.raw_request = raw_request
         self.state = raw_request.app.state
 
-    async def next_prompt(self, reply: str) -> Any | None:
-        """Render the conversation with `reply` and the refinement prompt; None if it is longer than the context."""
+    async def next_prompt(self, reply: str) -> Any:
+        """Render the conversation with `reply` and the refinement prompt.
+
+        Raises:
+            NoNextPromptError: if it is longer than the context, or if the chat template refuses it.
+        """
         prompt = self.state.em_inf.strategy_refinement_prompt
-        turns = [{"role": "assistant", "content": reply}, {"role": "user", "content": prompt}]
-        fields = {"messages": [*self.request.messages, *turns], "add_generation_prompt": True}
+        messages = [*self.request.messages]
+        if self.request.continue_final_message:  # the reply is the rest of the last message
+            messages[-1] = messages[-1] | {"content": _joined(messages[-1].get("content"), reply)}
+        else:
+            messages.append({"role": "assistant", "content": reply})
+        messages.append({"role": "user", "content": prompt})
+        fields = {"messages": messages, "add_generation_prompt": True}
         next_request = self.request.model_copy(update=fields | {"continue_final_message": False})
         try:
             rendered = await self.state.openai_serving_chat.render_chat_request(next_request)
-        except VLLMClientError:
-            return None
-        return rendered[1][0] if isinstance(rendered, tuple) else None
+        except VLLMClientError as error:
+            too_long = getattr(error, "parameter", None) in TOO_LONG
+            raise NoNextPromptError("context" if too_long else "template") from error
+        if not isinstance(rendered, tuple):  # vLLM's error response
+            raise NoNextPromptError("template")
+        return rendered[1][0]
 
     def logprobs(self) -> int:
         """Return how many log-probabilities per token the client gets at most."""
@@ -138,6 +151,23 @@ class _Chat:
         request_id = self.raw_request.state.request_metadata.request_id
         model = self.request.model or self.state.em_inf_metrics.model
         return {"id": request_id, "object": "chat.completion.chunk", "created": int(time.time()), "model": model}
+
+
+def _joined(content: Any, reply: str) -> Any:
+    """Return a message's content with `reply` at its end: in the last part, if that is a text, as one text."""
+    if not content or isinstance(content, str):
+        return (content or "") + reply
+    *parts, last = content
+    if last.get("type") == "text":
+        return [*parts, last | {"text": last["text"] + reply}]
+    return [*parts, last, {"type": "text", "text": reply}]
+
+
+def _continuous_usage(request: Any, raw_request: Request) -> bool:
+    """Return whether every chunk of the request's stream has a usage."""
+    options = getattr(request, "stream_options", None)
+    forced = getattr(raw_request.app.state.openai_serving_chat, "enable_force_include_usage", False)
+    return bool(forced or (options and options.include_usage and options.continuous_usage_stats))
 
 
 def _finish(metrics: Metrics, params: Params | None, run: StrategyRun | None, outcome: str) -> None:

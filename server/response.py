@@ -1,4 +1,4 @@
-"""What we add to a response: `em_inf` and `strategy`, beside `usage` in an object, in a chunk at the end of a stream.
+"""What we add to a response: `em_inf` and `strategy`, beside `usage` in an object and in the last chunk of a stream.
 
 Knows responses as bytes and server-sent events, not vLLM's types. Contract: docs/http.md.
 """
@@ -18,8 +18,9 @@ from server.strategies.registry import STRATEGY_KEY
 from server.strategies.run import StrategyRun
 
 DONE = "data: [DONE]"
-ERRORS = ('data: {"error"', "event: response.failed")
+ERROR = 'data: {"error"'
 USAGE = '"usage":{'  # matches the key alone: inside a string the quotes would be escaped
+NO_CHOICES = '"choices":[]'  # with a usage: the chunk of the total usage, vLLM's last before [DONE]
 RESPONSES_API_END = ("event: response.completed", "event: response.incomplete", "event: response.failed")
 PROGRESS_INTERVAL_S = 5.0  # a strategy's stream has a chunk at least this often before its reply: keeps it connected
 
@@ -29,7 +30,13 @@ OnOutcome = Callable[[str], None]  # called once, when the request has ended, wi
 class ResponseExtras:
     """What one response has besides vLLM's fields. Complete once the engine requests made for it have finished."""
 
-    def __init__(self, stats: str, one_choice_set_per_prompt: bool, run: StrategyRun | None = None) -> None:
+    def __init__(
+        self,
+        stats: str,
+        one_choice_set_per_prompt: bool,
+        run: StrategyRun | None = None,
+        continuous_usage: bool = False,
+    ) -> None:
         """Prepare an HTTP request's extras.
 
         Args:
@@ -37,10 +44,12 @@ class ResponseExtras:
             one_choice_set_per_prompt: True for /v1/completions, where each prompt's engine request adds choices of the
                 response; elsewhere several engine requests are turns that make up the same choice.
             run: the request's strategy, if it has one.
+            continuous_usage: True if the client asked for a usage in every chunk of the stream.
         """
         self.stats = stats
         self.one_choice_set_per_prompt = one_choice_set_per_prompt
         self.run = run
+        self.continuous_usage = continuous_usage
         self.request_stats: list[RequestStats] = []  # of the engine requests made for it, in order (server/engine.py)
 
     def has_fields(self) -> bool:
@@ -56,6 +65,11 @@ class ResponseExtras:
         if self.stats != "none":
             fields[EXTRA_ARGS_KEY] = await self.em_inf_summary()
         return fields
+
+    def progress(self, run: StrategyRun) -> str:
+        """Return a chunk with the strategy as it stands, and its usage so far if every chunk has one."""
+        usage = {"usage": run.usage({})} if self.continuous_usage else {}
+        return _event(run.chunk_header() | {"choices": [], STRATEGY_KEY: run.summary()} | usage)
 
     async def em_inf_summary(self) -> list[dict[str, Any]]:
         """Return a summary of each choice, in order. Waits for late stats, but not long: see `RequestStats.wait`."""
@@ -110,37 +124,40 @@ class ExtendedStream(StreamingResponse):
                 self.on_outcome(self.outcome)
 
     async def _extend(self, events: AsyncIterable[Any], extras: ResponseExtras | None) -> AsyncIterator[Any]:
-        failed, last = False, ""
+        outcome, last, added = "completed", "", False
         try:
             async for event in events:
-                failed = failed or event.startswith(ERRORS)
-                if extras and not failed and event.startswith(DONE):
-                    yield _chunk(last, await extras.fields())
-                elif extras and event.startswith(RESPONSES_API_END):
+                if event.startswith(ERROR):
+                    outcome = _outcome(event)
+                elif event.startswith("event: response.failed"):
+                    outcome = "failed"
+                if extras and event.startswith(RESPONSES_API_END):
                     event = _with_fields(event, await extras.fields())
-                elif event.startswith("data: "):
-                    last = event
-                    if extras and not failed:
-                        event = f"data: {extras.fix_usage(event[6:].rstrip())}\n\n"
+                elif extras and outcome == "completed" and event.startswith("data: "):
+                    if event.startswith(DONE):
+                        if not added:
+                            yield _event(_header(last) | {"choices": []} | await extras.fields())
+                    else:
+                        last, content = event, extras.fix_usage(event[6:].rstrip())
+                        if NO_CHOICES in content and USAGE in content:  # clients take the usage of the last chunk
+                            content, added = f"{content[:-1]},{_json(await extras.fields())[1:]}", True
+                        event = f"data: {content}\n\n"
                 yield event
         except Exception:
-            failed = True
+            self.outcome = "failed"
             raise
-        finally:
-            self.outcome = "failed" if failed else "aborted"
-        self.outcome = "failed" if failed else "completed"
+        self.outcome = outcome
 
 
 async def _with_progress(events: AsyncIterable[Any], extras: ResponseExtras | None) -> AsyncIterator[Any]:
     """Yield `events`, and before the first of them a chunk for each step of the strategy, if there is one."""
-    run = extras.run if extras else None
     iterator = aiter(events)
-    if run:
+    if extras and (run := extras.run):
         first = asyncio.ensure_future(anext(iterator, ""))
         try:
             await run.progress(first, PROGRESS_INTERVAL_S)
             while not first.done():
-                yield _chunk(json.dumps(run.chunk_header()), {STRATEGY_KEY: run.summary()})
+                yield extras.progress(run)
                 await run.progress(first, PROGRESS_INTERVAL_S)
             if first.result():
                 yield first.result()
@@ -151,11 +168,23 @@ async def _with_progress(events: AsyncIterable[Any], extras: ResponseExtras | No
         yield event
 
 
-def _chunk(last: str, fields: dict[str, Any]) -> str:
-    """Make a chunk with `fields` and no choices, otherwise like the `last` chunk."""
-    chunk = json.loads(last.removeprefix("data: ") or "{}")
-    header = {name: chunk[name] for name in ("id", "object", "created", "model") if name in chunk}
-    return f"data: {_json(header | {'choices': []} | fields)}\n\n"
+def _outcome(error_event: str) -> str:
+    """Return the outcome that an error in a stream stands for, as its code would in a response of its own."""
+    try:
+        code = int(json.loads(error_event.removeprefix("data: "))["error"]["code"])
+    except (ValueError, KeyError, TypeError):
+        return "failed"
+    return "rejected" if 400 <= code < 500 else "failed"
+
+
+def _header(event: str) -> dict[str, Any]:
+    """Return the fields of a chunk that all chunks of the stream share."""
+    chunk = json.loads(event.removeprefix("data: ") or "{}")
+    return {name: chunk[name] for name in ("id", "object", "created", "model") if name in chunk}
+
+
+def _event(content: dict[str, Any]) -> str:
+    return f"data: {_json(content)}\n\n"
 
 
 def _with_fields(event: str, fields: dict[str, Any]) -> str:
@@ -167,4 +196,5 @@ def _with_fields(event: str, fields: dict[str, Any]) -> str:
 
 
 def _json(content: Any) -> str:
-    return json.dumps(content, ensure_ascii=False, separators=(",", ":"))
+    """Return JSON text; NaN and infinities, which are none, must have become null before."""
+    return json.dumps(content, ensure_ascii=False, separators=(",", ":"), allow_nan=False)

@@ -271,5 +271,5 @@ def _token(stats: TokenStats | None) -> dict[str, Any] | None:
 
 
 def _nats(entropy: float) -> float | None:
-    """Round to six decimals, below float32's error on a large vocabulary; None if it was not measured (NaN)."""
-    return None if math.isnan(entropy) else round(max(entropy, 0.0), 6)
+    """Round to six decimals, below float32's error on a large vocabulary; None if not finite: JSON lacks that."""
+    return round(max(entropy, 0.0), 6) if math.isfinite(entropy) else None

@@ -13,8 +13,8 @@ from em_sampler.stats.wire import ENTROPY_BUCKETS, HISTOGRAMS, REJECTION_REASONS
 
 HELP = {
     "requests": "HTTP requests that asked for a method (em_inf, adaptive_temperature, or none: measured only), by how "
-    "they ended: completed, rejected (4xx), failed (5xx or an error in the stream), aborted (the client went away). "
-    "A request rejected for its em_inf settings has the method unknown.",
+    "they ended: completed, rejected (4xx), failed (5xx; an error in a stream counts by its code), aborted (the "
+    "client went away). A request rejected for its em_inf settings has the method unknown.",
     "tokens": "Tokens of responses whose entropy was measured before they were sampled.",
     "optimized_tokens": "Tokens whose distribution was changed: at least one step was taken.",
     "steps": "Gradient steps taken by em_inf; for adaptive_temperature, one for each token that it scaled.",

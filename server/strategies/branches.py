@@ -20,7 +20,7 @@ ABORT_RETRY_S = 0.05  # an abort is repeated at this interval: the engine ignore
 CONFIDENCE_UNITS = 2**32
 
 # Takes a reply; returns the prompt that asks for a better one, or None if that is longer than the context.
-NextPrompt = Callable[[str], Awaitable[Any | None]]
+NextPrompt = Callable[[str], Awaitable[Any]]
 # Takes a prompt's and a reply's token ids; returns how many of the latter are reasoning, by the server's parser.
 CountReasoning = Callable[[Sequence[int], Sequence[int]], int]
 
@@ -149,6 +149,14 @@ def confidence(logprobs: Sequence[float]) -> float | None:
     return -sum(finite) / len(finite) if len(finite) > 1 else None
 
 
+class NoNextPromptError(Exception):
+    """There is no prompt for another round; `stopped_by` says why, as the response does."""
+
+    def __init__(self, stopped_by: Literal["context", "template"]) -> None:
+        super().__init__(stopped_by)
+        self.stopped_by = stopped_by
+
+
 class Branches:
     """The branches of one request. What a strategy may do is here: start, wait, cancel, and fill the summary."""
 
@@ -166,7 +174,7 @@ class Branches:
         Args:
             strategy: its name, for the metrics.
             metrics: count branches as they start and end.
-            next_prompt: makes refinement's prompts.
+            next_prompt: makes refinement's prompts, or raises NoNextPromptError.
             top_logprobs: candidates for a token's confidence; 0 if the strategy does not need it.
             keep_going: called after every output; False cancels the branch.
             count_reasoning: counts a branch's reasoning tokens; None if the server has no reasoning parser.

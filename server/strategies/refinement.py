@@ -6,7 +6,7 @@ from pydantic import Field
 
 from answers.extract import Answer, after_thinking
 from server.strategies.base import MIN_BRANCHES, Strategy
-from server.strategies.branches import Branch, Branches
+from server.strategies.branches import Branch, Branches, NoNextPromptError
 from server.strategies.extraction import find_answer
 
 
@@ -28,7 +28,7 @@ class Refinement(Strategy):
     async def run(self, branches: Branches) -> Branch:
         """Return the last round's reply.
 
-        If a round fails, does not fit into the context, or is cut off although the round before was not, the reply of
+        If a round fails, has no prompt, or is cut off although the round before was not, the reply of
         the round before is returned.
         """
         best: Branch | None = None
@@ -51,9 +51,10 @@ class Refinement(Strategy):
             if not left or (answers[-1] is not None and answers[-1:] == answers[-2:-1]):
                 branches.never_started = left
                 break
-            prompt = await branches.next_prompt(after_thinking(branch.text))
-            if prompt is None:
-                branches.summary["stopped_by"] = "context"
+            try:
+                prompt = await branches.next_prompt(after_thinking(branch.text))
+            except NoNextPromptError as error:
+                branches.summary["stopped_by"] = error.stopped_by
                 break
         if best is None:
             raise branches.failure()

@@ -71,10 +71,51 @@ def test_a_stream_with_usage_has_both(v1: Server) -> None:
     body = {"messages": CHAT, "stream": True, "stream_options": {"include_usage": True}, "max_tokens": 5}
     body |= {"model": "demo", "em_inf": NONE | {"stats": "summary"}}
     lines = v1.http.post("/v1/chat/completions", json=body).text.strip().split("\n\n")
-    *_, usage, stats = [json.loads(line.removeprefix("data: ")) for line in lines[:-1]]
+    *content, last = [json.loads(line.removeprefix("data: ")) for line in lines[:-1]]
     assert lines[-1] == "data: [DONE]"
-    assert usage["usage"]["completion_tokens"] == stats["em_inf"][0]["tokens"]
-    assert "usage" not in stats
+    assert last["choices"] == []
+    assert last["usage"]["completion_tokens"] == last["em_inf"][0]["tokens"]
+    assert not any("em_inf" in chunk for chunk in content)
+
+
+@pytest.mark.essential
+@pytest.mark.parametrize("strategy", [None, {"type": "self_consistency", "n": 3}])
+def test_the_clients_stream_helper_keeps_the_usage(v1: Server, strategy: Any) -> None:
+    """It keeps the usage of the last chunk; our fields are in the last event."""
+    body = {"em_inf": EM | {"stats": "summary"}} | ({"strategy": strategy} if strategy else {})
+    options: Any = {"model": "demo", "messages": CHAT, "max_tokens": 12, "seed": 3, "extra_body": body}
+    with v1.client.chat.completions.stream(**options, stream_options={"include_usage": True}) as stream:
+        *_, last = [event.chunk for event in stream if event.type == "chunk"]
+        usage = stream.get_final_completion().usage
+    response: Any = v1.client.chat.completions.create(**options)
+    assert usage == last.usage == response.usage
+    assert (last.model_extra or {})["em_inf"] == response.em_inf
+
+
+def test_every_chunk_has_a_usage_that_never_falls(v1: Server) -> None:
+    stream: Any = v1.client.chat.completions.create(
+        model="demo",
+        messages=CHAT,
+        max_tokens=12,
+        stream=True,
+        stream_options={"include_usage": True, "continuous_usage_stats": True},
+        extra_body={"em_inf": EM | {"stats": "summary"}, "strategy": {"type": "self_consistency", "n": 3}},
+    )
+    chunks = list(stream)
+    totals = [chunk.usage.total_tokens for chunk in chunks]
+    assert chunks[0].strategy["running"] > 0
+    assert totals == sorted(totals)
+    assert chunks[-1].usage.completion_tokens == sum(chunks[-1].strategy["completion_tokens"])
+
+
+def test_a_clients_mistake_in_a_stream_is_a_rejected_request(v1: Server) -> None:
+    def count(outcome: str) -> float:
+        return v1.metric("em_inf_requests_total", outcome=outcome)
+
+    before = count("rejected"), count("failed")
+    body = {"model": "demo", "messages": CHAT, "stream": True, "stop_token_ids": [10**9], "em_inf": True}
+    assert '"code": 400' in v1.http.post("/v1/chat/completions", json=body).text
+    assert (count("rejected"), count("failed")) == (before[0] + 1, before[1])
 
 
 def test_prompts_of_one_request_keep_their_order(v1: Server) -> None:

@@ -19,6 +19,7 @@ from server.handler import with_em_inf
 from server.protocol import Settings, with_our_fields
 from server.stats.collector import RequestStats
 from server.stats.metrics import Metrics
+from server.strategies.branches import NoNextPromptError
 from server.strategies.metrics import StrategyMetrics
 from server.strategies.registry import STRATEGIES
 from server.strategies.run import StrategyRun
@@ -49,6 +50,7 @@ class ChatCompletionRequest(BaseModel, extra="allow"):
     logprobs: bool | None = False
     top_logprobs: int | None = 0
     prompt_logprobs: int | None = None
+    continue_final_message: bool = False
     logprob_token_ids: list[int] | None = None
 
 
@@ -78,7 +80,7 @@ class Server:
     def send(self, route: str = CHAT, **fields: Any) -> Any:
         handler = with_em_inf(self.vllm_handler, route)
         model = with_our_fields(ChatCompletionRequest, strategies=True)
-        url = SimpleNamespace(path=route)
+        url = SimpleNamespace(path=f"/prefix{route}")  # under a root path
         raw_request: Any = SimpleNamespace(app=SimpleNamespace(state=self.state), url=url)
         response: Awaitable[Any] = handler(model(**fields), raw_request)
         return asyncio.run(response)  # type: ignore[arg-type]
@@ -181,20 +183,72 @@ def test_refinements_next_prompt_is_the_conversation_with_the_reply_and_the_oper
     async def render_chat_request(request: Any) -> Any:
         rendered.append(request)
         if request.messages[1]["content"] == "too long":
-            raise VLLMClientError("longer than the context")
+            raise VLLMValidationError("longer than the context", parameter="input_tokens")
+        if request.messages[1]["content"] == "refused":
+            raise VLLMValidationError("roles must alternate")
         return request.messages, ["the prompt"]
 
     server = Server()
     server.state.openai_serving_chat.render_chat_request = render_chat_request
     messages = [{"role": "user", "content": "7*8"}]
-    server.send(messages=messages, strategy={"type": "refinement"}, continue_final_message=True)
+    server.send(messages=messages, strategy={"type": "refinement"})
     (seen,) = server.reached_vllm
     assert seen.run
     assert asyncio.run(seen.run.branches.next_prompt("54")) == "the prompt"
     turns = [{"role": "assistant", "content": "54"}, {"role": "user", "content": "Again."}]
     assert rendered[0].messages == [*messages, *turns]
     assert (rendered[0].add_generation_prompt, rendered[0].continue_final_message) == (True, False)
-    assert asyncio.run(seen.run.branches.next_prompt("too long")) is None
+    for reply, stopped_by in (("too long", "context"), ("refused", "template")):
+        with pytest.raises(NoNextPromptError, match=stopped_by):
+            asyncio.run(seen.run.branches.next_prompt(reply))
+
+
+@pytest.mark.parametrize(
+    ("prefill", "joined"),
+    [
+        ("7*3=", "7*3=21"),
+        (None, "21"),
+        ([{"type": "text", "text": "7*3="}], [{"type": "text", "text": "7*3=21"}]),
+        (
+            [{"type": "refusal", "refusal": "no"}],
+            [{"type": "refusal", "refusal": "no"}, {"type": "text", "text": "21"}],
+        ),
+    ],
+)
+def test_a_prefill_and_its_continuation_are_one_turn_in_the_next_round(prefill: Any, joined: Any) -> None:
+    rendered: list[Any] = []
+
+    async def render_chat_request(request: Any) -> Any:
+        rendered.append(request)
+        return request.messages, ["the prompt"]
+
+    server = Server()
+    server.state.openai_serving_chat.render_chat_request = render_chat_request
+    before = [{"role": "system", "content": "Calculate."}, {"role": "tool", "content": [{"type": "text", "text": "1"}]}]
+    messages = [*before, {"role": "assistant", "content": prefill}]
+    server.send(messages=messages, strategy={"type": "refinement"}, continue_final_message=True)
+    (seen,) = server.reached_vllm
+    assert seen.run
+    assert asyncio.run(seen.run.branches.next_prompt("21")) == "the prompt"
+    turns = [{"role": "assistant", "content": joined}, {"role": "user", "content": "Again."}]
+    assert rendered[0].messages == [*before, *turns]
+    assert (rendered[0].add_generation_prompt, rendered[0].continue_final_message) == (True, False)
+    assert messages[-1]["content"] == prefill
+
+
+def test_several_prompts_under_a_root_path_have_their_own_statistics() -> None:
+    """The route is the handler's own, whatever path the request came by."""
+
+    def answer(request: Any) -> JSONResponse:
+        requests = request_stats_var.get()
+        assert requests is not None
+        for number in range(3):
+            requests.append(RequestStats(number, "em_inf", 1))
+            requests[-1].final.set()
+        return JSONResponse({"id": "1"})
+
+    response = Server(answer).send(COMPLETIONS, em_inf={"stats": "summary"})
+    assert [choice["index"] for choice in json.loads(response.body)["em_inf"]] == [0, 1, 2]
 
 
 @pytest.mark.parametrize(

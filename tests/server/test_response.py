@@ -5,6 +5,7 @@ import contextlib
 import json
 import math
 from collections.abc import AsyncIterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -122,12 +123,13 @@ def test_white_space_after_an_object_is_accepted() -> None:
     assert json.loads(bytes(response.body)) == {**BODY, "em_inf": [SUMMARY]}
 
 
-def test_nan_becomes_null() -> None:
+@pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
+def test_a_number_that_json_lacks_becomes_null(number: float) -> None:
     made = ResponseExtras("tokens", one_choice_set_per_prompt=False)
-    made.request_stats.append(final_stats([(math.nan, math.nan, 0)]))
+    made.request_stats.append(final_stats([(number, 1.0, 0)]))
     response, _ = extended(JSONResponse({"id": "x"}), made)
-    assert b"NaN" not in response.body
-    assert json.loads(bytes(response.body))["em_inf"][0]["per_token"] == [{"before": None, "after": None, "steps": 0}]
+    assert b"NaN" not in response.body and b"Infinity" not in response.body
+    assert json.loads(bytes(response.body))["em_inf"][0]["per_token"] == [{"before": None, "after": 1.0, "steps": 0}]
 
 
 @pytest.mark.parametrize(
@@ -152,11 +154,12 @@ def test_an_object_without_extras_keeps_every_byte() -> None:
 
 def event(**fields: Any) -> str:
     header = {"id": "chatcmpl-1", "object": "chat.completion.chunk", "created": 17, "model": "demo"}
-    return f"data: {json.dumps(header | fields)}\n\n"
+    return f"data: {json.dumps(header | fields, separators=(',', ':'))}\n\n"  # as vLLM writes it
 
 
 FIRST = event(choices=[{"index": 0, "delta": {"content": "data: [DONE]"}}], system_fingerprint="f")
 USAGE = event(choices=[], usage={"completion_tokens": 2})
+CONTINUOUS = event(choices=[{"index": 0, "delta": {"content": '"choices":[]'}}], usage={"completion_tokens": 1})
 KEEP_ALIVE = ": ping\n\n"
 ERROR = 'data: {"error": {"message": "the engine is dead", "code": 500}}\n\n'
 DONE = "data: [DONE]\n\n"
@@ -215,7 +218,7 @@ def test_a_stream_keeps_its_status_headers_and_background_task() -> None:
     asyncio.run(main())
 
 
-@pytest.mark.parametrize("events", [[FIRST], [FIRST, USAGE], [FIRST, KEEP_ALIVE], [KEEP_ALIVE, FIRST, KEEP_ALIVE]])
+@pytest.mark.parametrize("events", [[FIRST], [FIRST, CONTINUOUS], [FIRST, KEEP_ALIVE], [KEEP_ALIVE, FIRST, KEEP_ALIVE]])
 def test_a_stream_gets_a_chunk_before_its_end(events: list[str]) -> None:
     got, outcomes = streamed([*events, DONE], extras())
     assert got[:-2] == events
@@ -230,6 +233,31 @@ def test_a_stream_gets_a_chunk_before_its_end(events: list[str]) -> None:
         "em_inf": [SUMMARY],
     }
     assert outcomes == ["completed"]
+
+
+def test_the_usage_chunk_has_our_fields_and_stays_the_last() -> None:
+    """Clients that keep the usage of the last chunk would lose it if another chunk followed."""
+    got, outcomes = streamed([FIRST, CONTINUOUS, USAGE, KEEP_ALIVE, DONE], extras())
+    assert [got[0], got[1], *got[3:]] == [FIRST, CONTINUOUS, KEEP_ALIVE, DONE]
+    usage_chunk = json.loads(USAGE.removeprefix("data: "))
+    assert json.loads(got[2].removeprefix("data: ")) == usage_chunk | {"em_inf": [SUMMARY]}
+    assert outcomes == ["completed"]
+
+
+def progress_chunk(continuous_usage: bool) -> dict[str, Any]:
+    run: Any = SimpleNamespace(
+        chunk_header=lambda: {"id": "1"},
+        summary=lambda: {"n": 2},
+        usage=lambda usage: usage | {"total_tokens": 9},
+    )
+    made = ResponseExtras("none", False, run, continuous_usage)
+    return dict(json.loads(made.progress(run).removeprefix("data: ")))
+
+
+def test_a_strategys_progress_has_the_usage_so_far_if_every_chunk_has_one() -> None:
+    chunk = {"id": "1", "choices": [], "strategy": {"n": 2}}
+    assert progress_chunk(continuous_usage=False) == chunk
+    assert progress_chunk(continuous_usage=True) == chunk | {"usage": {"total_tokens": 9}}
 
 
 def test_a_stream_without_a_chunk_is_not_broken() -> None:
@@ -253,10 +281,33 @@ def test_a_stream_is_passed_on_event_by_event() -> None:
         response = await with_extras(StreamingResponse(generate()), extras(), outcomes.append)
         assert isinstance(response, StreamingResponse)
         seen = [(str(one), len(made)) async for one in response.body_iterator]
-        assert [number for _, number in seen] == [1, 2, 3, 3]
+        assert [number for _, number in seen] == [1, 2, 3]
         assert seen[0] == (FIRST, 1)
 
     asyncio.run(main())
+
+
+@pytest.mark.parametrize("stats", ["none", "summary"])
+@pytest.mark.parametrize(
+    ("error", "outcome"),
+    [
+        ({"message": "no", "code": 400}, "rejected"),
+        ({"message": "no", "code": 499}, "rejected"),
+        ({"message": "no", "code": 500}, "failed"),
+        ({"message": "no", "code": "odd"}, "failed"),
+        ({"message": "no"}, "failed"),
+        ("no", "failed"),
+    ],
+)
+def test_an_error_in_a_stream_counts_by_its_code(error: Any, outcome: str, stats: str) -> None:
+    events = [FIRST, f"data: {json.dumps({'error': error})}\n\n", DONE]
+    assert streamed(events, extras(stats)) == (events, [outcome])
+
+
+def test_nan_is_never_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("server.response.summarize", lambda *_: {"entropy_before": math.nan})
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        extended(JSONResponse(BODY), extras())
 
 
 def test_a_stream_with_an_error_gets_no_chunk() -> None:

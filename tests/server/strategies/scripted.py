@@ -11,6 +11,7 @@ from prometheus_client import CollectorRegistry
 
 from server.admission import BranchLimit
 from server.stats.collector import RequestStats
+from server.strategies.branches import NoNextPromptError
 from server.strategies.metrics import StrategyMetrics
 from server.strategies.registry import STRATEGIES, parse_strategy
 from server.strategies.run import StrategyRun
@@ -105,8 +106,10 @@ class ScriptedRun:
         self.run = StrategyRun(strategy, self.limit, metrics, self.next_prompt, dict, **options)
         self.outputs: list[Any] = []
 
-    async def next_prompt(self, reply: str) -> Any | None:
-        return None if reply == "too long" else f"after {reply}"
+    async def next_prompt(self, reply: str) -> str:
+        if reply in ("context", "template"):
+            raise NoNextPromptError(reply)  # type: ignore[arg-type]  # one of the two
+        return f"after {reply}"
 
     def play(self, until: Callable[["ScriptedRun"], bool] | None = None) -> "ScriptedRun":
         """Run the strategy to its end, or disconnect the client once `until` holds."""

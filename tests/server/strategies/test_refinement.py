@@ -30,8 +30,9 @@ def test_it_stops_when_two_rounds_agree() -> None:
 def test_if_a_round_fails_or_does_not_fit_the_reply_before_it_is_returned() -> None:
     failed = refine(Script(box(1)), Script(box(2), fails=ValueError("x")), Script(box(3)))
     assert (failed.text, failed.states()) == (box(1), ["completed", "failed"])
-    full = refine(Script("too long"), Script(box(2)))
-    assert (full.text, full.summary["stopped_by"]) == ("too long", "context")
+    for reason in ("context", "template"):
+        stopped = refine(Script(reason), Script(box(2)))
+        assert (stopped.text, stopped.summary["stopped_by"]) == (reason, reason)
 
 
 def test_if_a_round_is_cut_off_the_complete_reply_before_it_is_returned() -> None:
