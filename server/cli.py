@@ -3,15 +3,18 @@
 import argparse
 import json
 import os
-import shutil
+import signal
 import sys
 from collections.abc import Callable
 from importlib import metadata
+from pathlib import Path
 
 import demo
 from em_sampler.params import MAX_STEPS, Params, parse_params, with_step_limit
 from em_sampler.validation import ParamsError
 from em_sampler.vllm_plugin.version import check_vllm_version
+from server import auth
+from server.processes import CHILD_ENV, end_with_parent
 from server.protocol import Settings
 from server.strategies.base import MIN_BRANCHES
 
@@ -20,15 +23,16 @@ FILTERED_GROUPS = ("general", "platform", "io_processor", "stat_logger")
 HELP = """vLLM's OpenAI-compatible server with entropy minimisation (EM-INF) inside its sampler. Without MODEL it serves
 the demo model. Flags are those of `vllm serve`, --help=em_inf and --help=strategy; --help=all shows them all,
 --help=WORD finds some."""
-# No compilation at start-up: the model is small. No chunked prefill: vLLM 0.32's V1 runner on the CPU dies in it if the
-# request has a seed (docs/findings/upstream.md). No optional white space in JSON: a model that knows only sums would
+# No compilation at start-up: the model is small. No optional white space in JSON: a model that knows only sums would
 # write it until it runs out of tokens. The user's flags come later and win.
 DEMO_FLAGS = (
-    *("--served-model-name", "demo", "--enforce-eager", "--no-enable-chunked-prefill"),
+    *("--served-model-name", "demo", "--enforce-eager"),
     *("--structured-outputs-config", '{"backend": "xgrammar", "disable_any_whitespace": true}'),
 )
 
 DEMO_OWN_FLAGS = ("--strategy-refinement-prompt", "Check your answer.")  # its training data: demo/conversations.py
+
+end_with_parent()  # in the processes that vLLM spawns, which import this module first
 
 
 def main() -> None:
@@ -40,7 +44,13 @@ def main() -> None:
         sys.exit(f"em-serve: {error}")
     os.environ["VLLM_PLUGINS"] = ",".join(_plugins_to_load())
     os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
+    os.environ[CHILD_ENV] = "1"
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # in all processes: keys are read again without it
     serve(sys.argv[1:])
+    from server.drain import engine_died
+
+    if engine_died.is_set():
+        sys.exit("em-serve: the engine died")  # status 1; vLLM's own is 0, with which systemd would not restart it
 
 
 def serve(argv: list[str]) -> None:
@@ -50,6 +60,7 @@ def serve(argv: list[str]) -> None:
 
     from em_sampler.stats.transport import ADDRESS_ENV, SOCKET_DIR_ENV, socket_dir
     from em_sampler.vllm_plugin.transform import REQUIRE_FUSED_ENV
+    from server.guards import GuardError, prepare
 
     command = ServeSubcommand()
     parser = FlexibleArgumentParser(prog="em-serve", description=__doc__)  # type: ignore[no-untyped-call]
@@ -57,26 +68,25 @@ def serve(argv: list[str]) -> None:
     serve_parser.prog, serve_parser.usage, serve_parser.description = "em-serve", "em-serve [MODEL] [options]", HELP
     _add_em_inf_flags(serve_parser)
     _add_strategy_flags(serve_parser)
+    _add_key_flags(serve_parser)
     args = parser.parse_args(["serve", *argv])
     if args.model_tag is None and args.model == serve_parser.get_default("model"):
         args = parser.parse_args(["serve", str(demo.MODEL_PATH), *DEMO_FLAGS, *DEMO_OWN_FLAGS, *argv])
-        _set_demo_environment()
+        # GiB; vLLM's default is nearly all of the machine's memory
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     _check_args(serve_parser, args)
+    _guard_with_keys(serve_parser, args)
     command.validate(args)
+    try:
+        prepare(args)
+    except GuardError as error:
+        serve_parser.error(str(error))
     if args.em_inf_statistics_address:
         os.environ[ADDRESS_ENV] = args.em_inf_statistics_address
     if args.em_inf_require_fused:
         os.environ[REQUIRE_FUSED_ENV] = "1"
     with socket_dir() as os.environ[SOCKET_DIR_ENV]:
         command.cmd(args)
-
-
-def _set_demo_environment() -> None:
-    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB; vLLM's default is nearly all of the machine's memory
-    if (
-        shutil.which("g++") is None
-    ):  # vLLM compiles its code for logprobs even with --enforce-eager, and dies without it
-        os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 
 
 def _add_em_inf_flags(parser: argparse.ArgumentParser) -> None:
@@ -131,6 +141,28 @@ def _add_strategy_flags(parser: argparse.ArgumentParser) -> None:
         metavar="TEXT",
         help="The user message by which refinement asks the model for its next reply.",
     )
+
+
+def _add_key_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--api-key-file",
+        metavar="FILE",
+        help="API keys that clients may send, one a line (# begins a comment), in place of --api-key. The file is read "
+        "again when it changes, so that keys rotate without a restart.",
+    )
+
+
+def _guard_with_keys(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Put our check of the keys before all routes; end with a usage error if the keys cannot be used."""
+    args.middleware = [*args.middleware, auth.MIDDLEWARE]
+    if args.api_key_file is None:
+        return
+    if args.api_key or os.environ.get("VLLM_API_KEY"):  # vLLM would accept these alone on /v1
+        parser.error("argument --api-key-file: not together with --api-key or VLLM_API_KEY: put that key into the file")
+    try:
+        auth.read_keys(Path(args.api_key_file))
+    except ValueError as error:
+        parser.error(f"argument --api-key-file: {error}")
 
 
 def _at_least(minimum: int) -> Callable[[str], int]:

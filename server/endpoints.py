@@ -19,8 +19,9 @@ import em_sampler
 from em_sampler.params import EXTRA_ARGS_KEY
 from em_sampler.vllm_plugin.processor import EMInfLogitsProcessor
 from em_sampler.vllm_plugin.version import installed_vllm
+from server import guards
 from server.admission import BranchLimit
-from server.drain import Drain, drain_before_shutdown
+from server.drain import Drain, bound_close, drain_before_shutdown
 from server.engine import ask_for_transforms, install_stats, install_strategies
 from server.errors import shutting_down, unreadable_body, unsupported_field
 from server.handler import with_em_inf
@@ -40,8 +41,12 @@ class Route(APIRoute):
     async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request, counted as in flight until the last byte of its response, streamed or not."""
         drain: Drain = scope["app"].state.drain
+        bound_close(scope["app"].state)
         with drain.admit() as admitted:
-            await (super().handle if admitted else shutting_down())(scope, receive, send)
+            if admitted:
+                await drain.serve(super().handle, scope, receive, send)
+            else:
+                await shutting_down()(scope, receive, send)
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         """Return FastAPI's handler, with a body that it cannot parse answered by vLLM's 400."""
@@ -99,6 +104,8 @@ class EMInfEndpoints:
         state.branch_limit = BranchLimit(settings.strategy_max_in_flight)
         state.drain = Drain()
         if engine_client is not None:
+            EMInfLogitsProcessor.seeds_end_engine = guards.seeds_end_engine(engine_client.vllm_config)
+            guards.limit_engine(engine_client.vllm_config)
             drain_before_shutdown(engine_client, state.drain)
             if not settings.unavailable:
                 await install_stats(engine_client, metrics)

@@ -3,6 +3,7 @@
 Contract: docs/http.md, "Errors".
 """
 
+import json
 from collections.abc import Mapping
 from http import HTTPStatus
 
@@ -44,6 +45,15 @@ def shutting_down() -> JSONResponse:
     return _error_response(HTTPStatus.SERVICE_UNAVAILABLE, message, None, headers)
 
 
+def cut_off_event() -> bytes:
+    """Make the end of a stream that this server's shutdown cuts off: an error, then [DONE]."""
+    error = _error(HTTPStatus.SERVICE_UNAVAILABLE, "this server is shutting down: the reply was cut off", None)
+    return f"data: {json.dumps(error)}\n\ndata: [DONE]\n\n".encode()
+
+
 def _error_response(status: HTTPStatus, message: str, param: str | None, headers: Mapping[str, str]) -> JSONResponse:
-    content = {"message": message, "type": status.phrase, "param": param, "code": status.value}
-    return JSONResponse({"error": content}, status.value, headers)
+    return JSONResponse(_error(status, message, param), status.value, headers)
+
+
+def _error(status: HTTPStatus, message: str, param: str | None) -> dict[str, dict[str, str | int | None]]:
+    return {"error": {"message": message, "type": status.phrase, "param": param, "code": status.value}}

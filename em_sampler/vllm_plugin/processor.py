@@ -40,6 +40,7 @@ class EMInfLogitsProcessor(V1LogitsProcessor, V2LogitsProcessor):  # type: ignor
     """
 
     max_steps: ClassVar[int] = MAX_STEPS  # the operator's limit on every route, set in the frontend
+    seeds_end_engine: ClassVar[bool] = False  # server/guards.py; set in the frontend
 
     def __new__(cls, vllm_config: Any, *args: Any) -> Any:
         """Make the calling runner's processor: the number of arguments shows which runner it is."""
@@ -61,6 +62,9 @@ class EMInfLogitsProcessor(V1LogitsProcessor, V2LogitsProcessor):  # type: ignor
         Raises:
             ParamsError: if the params cannot be used; vLLM answers with HTTP 400.
         """
+        if cls.seeds_end_engine and sampling_params.seed is not None:
+            problem = f"got {sampling_params.seed}; must be left out: with chunked prefill it would end the engine"
+            raise ParamsError("seed", f"{problem} (the server's flag --no-enable-chunked-prefill allows it)")
         params = from_extra_args(sampling_params.extra_args)
         if isinstance(params, EMInfParams) and params.steps > cls.max_steps:
             raise too_many_steps_error(params, cls.max_steps)

@@ -1,7 +1,9 @@
 """em-serve's flags: their defaults, their errors, and what would bypass this server."""
 
 import argparse
+import importlib
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -91,3 +93,48 @@ def test_all_plugins_are_loaded_unless_the_user_names_some(monkeypatch: pytest.M
     assert cli._plugins_to_load() == ["other", "em_inf"]
     monkeypatch.setenv("VLLM_PLUGINS", "")
     assert cli._plugins_to_load() == ["em_inf"]
+
+
+def keyed(*argv: str) -> argparse.Namespace:
+    """Parse the flags of the keys, with those of vLLM that they go with."""
+    parser = argparse.ArgumentParser(prog="em-serve")
+    parser.add_argument("--api-key", nargs="*")
+    parser.add_argument("--middleware", action="append", default=["theirs"])
+    cli._add_key_flags(parser)
+    args = parser.parse_args(argv)
+    cli._guard_with_keys(parser, args)
+    return args
+
+
+def test_the_keys_are_checked_before_all_routes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("VLLM_API_KEY", raising=False)
+    (tmp_path / "keys").write_text("one\n")
+    for argv in ([], ["--api-key", "a", "b"], ["--api-key-file", str(tmp_path / "keys")]):
+        assert keyed(*argv).middleware == ["theirs", "server.auth.KeyGuard"]
+    module, name = cli.auth.MIDDLEWARE.rsplit(".", 1)
+    assert getattr(importlib.import_module(module), name) is cli.auth.KeyGuard
+
+
+@pytest.mark.parametrize(
+    ("variable", "argv", "says"),
+    [
+        ("", ["--api-key-file", "missing"], "missing cannot be read"),
+        ("", ["--api-key-file", "keys", "--api-key", "a"], "not together with --api-key"),
+        ("a", ["--api-key-file", "keys"], "not together with --api-key or VLLM_API_KEY"),
+    ],
+)
+def test_keys_that_cannot_be_used_end_with_one_line(
+    variable: str,
+    argv: list[str],
+    says: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "keys").write_text("one\n")
+    monkeypatch.setenv("VLLM_API_KEY", variable)
+    with pytest.raises(SystemExit) as caught:
+        keyed(*argv)
+    assert caught.value.code == 2
+    assert says in capsys.readouterr().err.splitlines()[-1]

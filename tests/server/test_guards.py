@@ -1,0 +1,153 @@
+"""What em-serve prevents before the start, and what it lowers in each API server."""
+
+import os
+from argparse import Namespace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from vllm.sampling_params import SamplingParams
+
+from em_sampler.validation import ParamsError
+from em_sampler.vllm_plugin.processor import EMInfLogitsProcessor
+from server import guards
+from server.guards import GIB, GuardError, prepare
+
+VARIABLES = ("TORCHDYNAMO_DISABLE", "VLLM_USE_AOT_COMPILE", "VLLM_USE_V2_MODEL_RUNNER", "CXX")
+
+
+@pytest.fixture(autouse=True)
+def machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Set a machine on which nothing has to be prevented."""
+    for variable in VARIABLES:
+        monkeypatch.setenv(variable, "")  # so that it is put back afterwards
+        monkeypatch.delenv(variable)
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+    on_cpu(monkeypatch, True)
+    shared_memory(monkeypatch, 10 * GIB)
+    monkeypatch.setattr(guards.shutil, "which", lambda name: f"/usr/bin/{name}")
+
+
+def on_cpu(monkeypatch: pytest.MonkeyPatch, is_cpu: bool) -> None:
+    monkeypatch.setattr(guards, "current_platform", SimpleNamespace(is_cpu=lambda: is_cpu))
+
+
+def shared_memory(monkeypatch: pytest.MonkeyPatch, free: int) -> None:
+    monkeypatch.setattr(guards.shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
+
+
+def prepared(**flags: Any) -> Namespace:
+    defaults: dict[str, Any] = {
+        "root_path": "",
+        "api_server_count": None,
+        "data_parallel_size": 1,
+        "data_parallel_size_local": None,
+        "pipeline_parallel_size": 1,
+        "shutdown_timeout": 0,
+        "kv_cache_memory_bytes": None,
+        "gpu_memory_utilization": 0.9,
+        "enable_chunked_prefill": None,
+        "max_num_batched_tokens": None,
+    }
+    args = Namespace(**defaults | flags)
+    prepare(args)
+    return args
+
+
+@pytest.mark.parametrize(
+    ("flags", "chunks"),
+    [
+        ({}, False),
+        ({"enable_chunked_prefill": True}, True),
+        ({"enable_chunked_prefill": False}, False),
+        ({"max_num_batched_tokens": 64}, None),
+    ],
+)
+def test_chunked_prefill_is_off_unless_it_is_asked_for(flags: dict[str, Any], chunks: bool | None) -> None:
+    assert prepared(**flags).enable_chunked_prefill is chunks
+
+
+def test_chunked_prefill_is_left_alone_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
+    assert prepared().enable_chunked_prefill is None
+    monkeypatch.delenv("VLLM_USE_V2_MODEL_RUNNER")
+    on_cpu(monkeypatch, False)
+    assert prepared(pipeline_parallel_size=2).enable_chunked_prefill is None
+
+
+def test_nothing_is_compiled_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    prepared()
+    assert "TORCHDYNAMO_DISABLE" not in os.environ
+    monkeypatch.setattr(guards.shutil, "which", lambda name: None)
+    prepared()
+    assert (os.environ["TORCHDYNAMO_DISABLE"], os.environ["VLLM_USE_AOT_COMPILE"]) == ("1", "0")
+
+
+def test_a_pipeline_is_refused_on_the_cpu() -> None:
+    with pytest.raises(GuardError, match="--pipeline-parallel-size: must be 1 on the CPU"):
+        prepared(pipeline_parallel_size=2)
+
+
+def test_too_little_memory_is_told_before_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE")
+    node = SimpleNamespace(total_memory=20 * GIB, available_memory=15 * GIB)
+    monkeypatch.setattr("vllm.utils.cpu_resource_utils.get_memory_node_info", lambda node_id: node)
+    with pytest.raises(
+        GuardError, match=r"^15\.0 GiB of memory are free, and vLLM would take 18\.0 GiB .*KVCACHE_SPACE"
+    ):
+        prepared()
+    prepared(gpu_memory_utilization=0.5)
+    prepared(kv_cache_memory_bytes=GIB)
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "2")
+    prepared()
+
+
+def test_too_little_shared_memory_is_told_before_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    shared_memory(monkeypatch, 200 * 2**20)
+    prepared()
+    with pytest.raises(GuardError, match="has 200 MiB free; must be at least 320 MiB"):
+        prepared(data_parallel_size=2)
+    prepared(data_parallel_size=2, data_parallel_size_local=1)
+
+
+@pytest.mark.parametrize(("given", "used"), [("/", ""), ("/llm/", "/llm"), ("/llm", "/llm"), (None, "")])
+def test_a_root_path_does_not_end_in_a_slash(given: str | None, used: str) -> None:
+    assert prepared(root_path=given).root_path == used
+
+
+def test_several_api_servers_have_time_to_cut_off() -> None:
+    assert prepared().shutdown_timeout == 0
+    assert prepared(api_server_count=2).shutdown_timeout == prepared(data_parallel_size=2).shutdown_timeout == 5
+    assert prepared(api_server_count=2, shutdown_timeout=60).shutdown_timeout == 60
+
+
+def engine(chunks: bool = False, v2: bool = False, max_logprobs: int = 20) -> Any:
+    return SimpleNamespace(
+        scheduler_config=SimpleNamespace(enable_chunked_prefill=chunks),
+        use_v2_model_runner=v2,
+        model_config=SimpleNamespace(max_logprobs=max_logprobs, get_vocab_size=lambda: 32),
+    )
+
+
+def test_seeds_end_the_engine_with_chunks_on_the_cpus_v1_runner_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert guards.seeds_end_engine(engine(chunks=True))
+    assert not guards.seeds_end_engine(engine(chunks=False))
+    assert not guards.seeds_end_engine(engine(chunks=True, v2=True))
+    on_cpu(monkeypatch, False)
+    assert not guards.seeds_end_engine(engine(chunks=True))
+
+
+def test_a_seed_is_refused_if_it_would_end_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    EMInfLogitsProcessor.validate_params(SamplingParams(seed=1))
+    monkeypatch.setattr(EMInfLogitsProcessor, "seeds_end_engine", True)
+    EMInfLogitsProcessor.validate_params(SamplingParams())
+    with pytest.raises(ParamsError, match="seed: got 0; must be left out") as caught:
+        EMInfLogitsProcessor.validate_params(SamplingParams(seed=0))
+    assert caught.value.field == "seed"
+
+
+@pytest.mark.parametrize(("given", "used"), [(100, 32), (32, 32), (20, 20), (-1, -1)])
+def test_max_logprobs_is_at_most_the_vocabulary(given: int, used: int) -> None:
+    config = engine(max_logprobs=given)
+    guards.limit_engine(config)
+    assert config.model_config.max_logprobs == used
