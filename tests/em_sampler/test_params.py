@@ -10,6 +10,7 @@ from em_sampler.params import (
     METHODS,
     RETURN_ADDRESS_KEY,
     MeasureParams,
+    flat_keys,
     from_extra_args,
     parse_params,
     with_step_limit,
@@ -137,6 +138,15 @@ def test_extra_args_that_cannot_be_used_are_refused(extra_args: dict[str, Any], 
     with pytest.raises(ParamsError) as caught:
         from_extra_args(extra_args)
     assert caught.value.field == field
+
+
+def test_unknown_flat_names_end_the_reading() -> None:
+    """At most 32 of them are copied, however many a client sends, and an unknown one is always among those."""
+    known = [f"em_inf_{name}" for model in METHODS.values() for name in model.model_fields]
+    many = dict.fromkeys([*known, *(f"em_inf_x{number}" for number in range(1000))], 1)
+    assert len(flat_keys(many)) == 32 > len(set(known))
+    with pytest.raises(ParamsError, match=r"^em_inf_x0: unknown field"):
+        from_extra_args({f"em_inf_x{number}": 1 for number in range(1000)})
 
 
 def test_a_step_limit_lowers_defaults_and_refuses_requests() -> None:
