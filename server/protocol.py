@@ -22,6 +22,7 @@ from em_sampler.params import (
     with_step_limit,
 )
 from em_sampler.validation import ParamsError, shorten
+from server.misspelt import refuse_misspelt, refuse_misspelt_flat
 from server.strategies.base import MAX_BRANCHES, Strategy
 from server.strategies.registry import STRATEGY_KEY, AnyStrategy, describe_strategies, parse_strategy
 
@@ -102,7 +103,9 @@ def apply_em_inf(request: Any, settings: Settings) -> Params | None:
     Raises:
         ParamsError: if the settings are wrong or cannot work with this request.
     """
+    refuse_misspelt(getattr(request, "model_extra", None) or {})
     xargs = dict(request.vllm_xargs or {})
+    refuse_misspelt_flat(xargs)
     flat = {key: xargs.pop(key) for key in (EXTRA_ARGS_KEY, *flat_keys(xargs)) if key in xargs}
     params = _resolve(request.em_inf, flat, settings)
     # If the request did not ask for em_inf, params are the operator's default: that gives way if it cannot work.

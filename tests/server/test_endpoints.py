@@ -114,6 +114,22 @@ def test_a_field_is_rejected_whenever_fastapi_reads_json(app: FastAPI, content_t
     assert read == ("application/" in content_type.lower())
 
 
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"em_inf_threshold": 0.3}, "body.em_inf_threshold"),
+        ({"extra_body": {"em_inf": True}}, "body.extra_body.em_inf"),
+        ({"stratgy": {"type": "refinement"}}, "body.stratgy"),
+        ({"vllm_xargs": {"em-inf": 1}}, "body.vllm_xargs.em-inf"),
+    ],
+)
+def test_a_misspelt_field_is_refused_on_a_sampling_route(app: FastAPI, fields: dict[str, Any], param: str) -> None:
+    response = send(app, "POST", "/v1/completions", json={"prompt": "7", **fields})
+    assert (response.status_code, response.json()["error"]["param"]) == (400, param)
+    assert "did you mean" in response.json()["error"]["message"]
+    assert send(app, "POST", "/v1/completions", json={"prompt": "7", "other": 1}).status_code == 200
+
+
 def test_a_body_that_cannot_be_parsed_has_openais_error_shape(app: FastAPI) -> None:
     body = b'{"prompt": ' + b"[" * 100_000 + b"]" * 100_000 + b"}"
     response = send(app, "POST", "/v1/completions", content=body, headers={"content-type": "application/json"})
