@@ -32,6 +32,9 @@ SURFACE: dict[tuple[str, str], dict[Expectation, str]] = {
         has("SamplingParams", "extra_args", "sampling_type"): "where a request's settings arrive",
         has("SamplingType", "GREEDY"): "a greedy request is not changed",
     },
+    (PROCESSOR, "vllm/exceptions.py"): {
+        signature("VLLMValidationError.__init__(self, message, *, parameter=None, value=None)"): "HTTP 400",
+    },
     (PROCESSOR, V1_LOADER): {
         value("LOGITSPROCS_GROUP", "'vllm.logits_processors'"): "the group of our entry point",
         contains(

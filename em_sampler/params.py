@@ -3,7 +3,8 @@
 Knows nothing of tensors, vLLM or HTTP. Symbols and defaults: arXiv 2505.15134, section 4 and appendix A.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from itertools import islice
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -13,6 +14,8 @@ from em_sampler.validation import ParamsError, shorten, validate
 EXTRA_ARGS_KEY = "em_inf"
 FLAT_PREFIX = "em_inf_"
 RETURN_ADDRESS_KEY = "em_return_address"  # also in extra_args, set by the server alone: stats.aggregator.ReturnAddress
+
+MAX_FLAT_KEYS = 32  # more than all methods have fields
 
 MAX_THRESHOLD = 20.0  # nats; above the entropy of any vocabulary in use (ln 10^8 = 18.4)
 MAX_STEPS = 64
@@ -121,7 +124,7 @@ def from_extra_args(extra_args: Mapping[str, Any] | None, default: Params | None
     """
     if not extra_args:
         return default
-    flat = {key.removeprefix(FLAT_PREFIX): value for key, value in extra_args.items() if key.startswith(FLAT_PREFIX)}
+    flat = {key.removeprefix(FLAT_PREFIX): extra_args[key] for key in flat_keys(extra_args)}
     value = extra_args.get(EXTRA_ARGS_KEY)
     if isinstance(value, int) and value in (0, 1):
         value = bool(value)  # vLLM's `vllm_xargs` turns JSON's true and false into 1 and 0
@@ -133,6 +136,17 @@ def from_extra_args(extra_args: Mapping[str, Any] | None, default: Params | None
         return parse_params(flat)
     except ParamsError as error:
         raise ParamsError(error.field.replace(".", "_"), error.problem) from None
+
+
+def flat_keys(extra_args: Iterable[str]) -> list[str]:
+    """Return the names of flat settings in `extra_args`, as many as are needed to find one that is unknown."""
+    return list(islice((key for key in extra_args if key.startswith(FLAT_PREFIX)), MAX_FLAT_KEYS))
+
+
+def as_written(error: ParamsError, extra_args: Mapping[str, Any]) -> ParamsError:
+    """Return `error` with its field as `extra_args` has it: `em_inf_steps` in the flat form, else `em_inf.steps`."""
+    flat = error.field.replace(".", "_")
+    return ParamsError(flat, error.problem) if flat in extra_args else error
 
 
 def with_step_limit(params: Params | None, max_steps: int) -> Params | None:

@@ -5,6 +5,7 @@ vLLM's routes are rebuilt around their own handlers, never copied. Contract: vll
 
 from argparse import Namespace
 from collections.abc import Callable, Coroutine, Sequence
+from email.message import Message
 from http import HTTPStatus
 from typing import Any
 
@@ -135,7 +136,7 @@ async def reject_em_inf_fields(raw_request: Request) -> None:
     Raises:
         VLLMValidationError: (400) if the body has such a field.
     """
-    if not raw_request.headers.get("content-type", "").startswith("application/json"):
+    if not _is_json(raw_request):
         return
     try:
         body = await raw_request.json()
@@ -150,6 +151,14 @@ async def reject_em_inf_fields(raw_request: Request) -> None:
         raise unsupported_field(path, EXTRA_ARGS_KEY, reason)
     if body.get(STRATEGY_KEY) is not None:
         raise unsupported_field(path, STRATEGY_KEY, f"use {CHAT_ROUTE}")
+
+
+def _is_json(raw_request: Request) -> bool:
+    """Return whether FastAPI reads the body as JSON, by the rule of `fastapi.routing.get_request_handler`."""
+    content_type = Message()
+    content_type["content-type"] = raw_request.headers.get("content-type", "")
+    subtype = content_type.get_content_subtype()
+    return content_type.get_content_maintype() == "application" and (subtype == "json" or subtype.endswith("+json"))
 
 
 def _unavailable(engine_client: EngineClient | None) -> str | None:

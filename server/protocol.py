@@ -12,15 +12,17 @@ from pydantic import BaseModel, Field, SkipValidation, create_model
 
 from em_sampler.params import (
     EXTRA_ARGS_KEY,
-    FLAT_PREFIX,
     MAX_STEPS,
     METHODS,
     Params,
+    as_written,
+    flat_keys,
     from_extra_args,
     parse_params,
     with_step_limit,
 )
 from em_sampler.validation import ParamsError, shorten
+from server.misspelt import refuse_misspelt, refuse_misspelt_flat
 from server.strategies.base import MAX_BRANCHES, Strategy
 from server.strategies.registry import STRATEGY_KEY, AnyStrategy, describe_strategies, parse_strategy
 
@@ -101,8 +103,10 @@ def apply_em_inf(request: Any, settings: Settings) -> Params | None:
     Raises:
         ParamsError: if the settings are wrong or cannot work with this request.
     """
+    refuse_misspelt(getattr(request, "model_extra", None) or {})
     xargs = dict(request.vllm_xargs or {})
-    flat = {key: xargs.pop(key) for key in list(xargs) if key == EXTRA_ARGS_KEY or key.startswith(FLAT_PREFIX)}
+    refuse_misspelt_flat(xargs)
+    flat = {key: xargs.pop(key) for key in (EXTRA_ARGS_KEY, *flat_keys(xargs)) if key in xargs}
     params = _resolve(request.em_inf, flat, settings)
     # If the request did not ask for em_inf, params are the operator's default: that gives way if it cannot work.
     requested = request.em_inf is not None or bool(flat)
@@ -112,7 +116,9 @@ def apply_em_inf(request: Any, settings: Settings) -> Params | None:
         params = None
     if params and params.stats != "none" and getattr(request, "background", False):
         if requested:
-            raise ParamsError(f"body.{EXTRA_ARGS_KEY}.stats", f"got {params.stats!r}; a background response has none")
+            raise ParamsError(
+                f"body.{EXTRA_ARGS_KEY}.stats", f"got {shorten(params.stats)}; a background response has none"
+            )
         params = params.model_copy(update={"stats": "none"})
     if params:
         xargs[EXTRA_ARGS_KEY] = params.model_dump()
@@ -139,7 +145,7 @@ def resolve_strategy(request: Any, params: Params | None, settings: Settings) ->
     if request.tools and request.tool_choice != "none":
         raise ParamsError("body.tools", f"cannot be combined with {strategy.type}, which compares the text of replies")
     if getattr(strategy, "weights", "equal") == "entropy" and (params is None or params.stats == "none"):
-        problem = "got 'entropy'; needs the request's own entropies: `em_inf` with `stats`"
+        problem = 'got "entropy"; needs the request\'s own entropies: `em_inf` with `stats`'
         raise ParamsError(f"body.{STRATEGY_KEY}.weights", problem)
     return strategy
 
@@ -153,7 +159,7 @@ def _resolve(value: object, flat: Mapping[str, Any], settings: Settings) -> Para
         params = from_extra_args(flat, default) if value is None else parse_params(value, default)
         return with_step_limit(params, settings.em_inf_max_steps)
     except ParamsError as error:
-        raise ParamsError(f"{source}.{error.field}", error.problem) from None
+        raise ParamsError(f"{source}.{as_written(error, flat).field}", error.problem) from None
 
 
 def _conflict(request: Any) -> str | None:

@@ -3,6 +3,7 @@
 The frontend loads it too, with no GPU visible, to validate requests: nothing heavy happens at import.
 """
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from em_sampler.params import (
@@ -10,14 +11,16 @@ from em_sampler.params import (
     MAX_STEPS,
     RETURN_ADDRESS_KEY,
     EMInfParams,
+    as_written,
     from_extra_args,
     too_many_steps_error,
 )
-from em_sampler.validation import ParamsError
+from em_sampler.validation import ParamsError, shorten
 from em_sampler.vllm_plugin.version import check_vllm_version
 
 check_vllm_version()  # before the imports, which may fail on an unsupported release
 
+from vllm.exceptions import VLLMValidationError  # noqa: E402
 from vllm.sampling_params import SamplingParams  # noqa: E402
 from vllm.v1.sample.logits_processor.interface import LogitsProcessor as V1LogitsProcessor  # noqa: E402
 from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsProcessor as V2LogitsProcessor  # noqa: E402
@@ -60,14 +63,24 @@ class EMInfLogitsProcessor(V1LogitsProcessor, V2LogitsProcessor):  # type: ignor
         A default above the limit is rejected too: the worker reads the request as it is, so it cannot be lowered here.
 
         Raises:
-            ParamsError: if the params cannot be used; vLLM answers with HTTP 400.
+            VLLMValidationError: if the params cannot be used; vLLM answers with HTTP 400, whose `param` is the field.
         """
         if cls.seeds_end_engine and sampling_params.seed is not None:
             problem = f"got {sampling_params.seed}; must be left out: with chunked prefill it would end the engine"
-            raise ParamsError("seed", f"{problem} (the server's flag --no-enable-chunked-prefill allows it)")
-        params = from_extra_args(sampling_params.extra_args)
+            problem += " (the server's flag --no-enable-chunked-prefill allows it)"
+            raise VLLMValidationError(f"seed: {problem}", parameter="body.seed")
+        extra_args = sampling_params.extra_args or {}
+        try:
+            cls._check(extra_args)
+        except ParamsError as error:
+            written = as_written(error, extra_args)
+            raise VLLMValidationError(str(written), parameter=f"body.vllm_xargs.{written.field}") from None
+
+    @classmethod
+    def _check(cls, extra_args: Mapping[str, Any]) -> None:
+        params = from_extra_args(extra_args)
         if isinstance(params, EMInfParams) and params.steps > cls.max_steps:
             raise too_many_steps_error(params, cls.max_steps)
-        if params and params.stats != "none" and RETURN_ADDRESS_KEY not in (sampling_params.extra_args or {}):
-            problem = f"got {params.stats!r}; statistics come with em-serve's completions, chat and responses alone"
-            raise ParamsError(f"{EXTRA_ARGS_KEY}.stats", problem)
+        if params and params.stats != "none" and RETURN_ADDRESS_KEY not in extra_args:
+            problem = f"got {shorten(params.stats)}; statistics come with em-serve's completions, chat and responses"
+            raise ParamsError(f"{EXTRA_ARGS_KEY}.stats", f"{problem} alone")

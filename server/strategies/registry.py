@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, get_args
 
-from em_sampler.validation import ParamsError, shorten, validate
+from em_sampler.validation import ParamsError, as_whole, shorten, validate
 from server.strategies.base import MAX_BRANCHES, MIN_BRANCHES, Strategy
 from server.strategies.deepconf import DeepConf
 from server.strategies.refinement import Refinement
@@ -28,7 +28,7 @@ def parse_strategy(value: object, max_branches: int = MAX_BRANCHES) -> Strategy 
     model = STRATEGIES.get(name) if isinstance(name, str) else None
     if model is None:
         raise ParamsError(f"{STRATEGY_KEY}.type", f"got {shorten(name)}; must be one of {', '.join(STRATEGIES)}")
-    count = value.get(model.limit_field)
+    count = as_whole(value.get(model.limit_field))
     if isinstance(count, int) and not isinstance(count, bool) and not MIN_BRANCHES <= count <= max_branches:
         problem = f"got {shorten(count)}; this server allows an integer from {MIN_BRANCHES} up to {max_branches}"
         raise ParamsError(f"{STRATEGY_KEY}.{model.limit_field}", problem)

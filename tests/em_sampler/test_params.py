@@ -10,6 +10,7 @@ from em_sampler.params import (
     METHODS,
     RETURN_ADDRESS_KEY,
     MeasureParams,
+    flat_keys,
     from_extra_args,
     parse_params,
     with_step_limit,
@@ -27,6 +28,7 @@ DEFAULT = EMInfParams(threshold=0.7, steps=9)
         ({}, EMInfParams()),
         ({"threshold": 1, "steps": 0}, EMInfParams(threshold=1.0, steps=0)),
         ({"method": "adaptive_temperature", "ratio": 0.2}, AdaptiveTemperatureParams(ratio=0.2)),
+        ({"steps": 5.0}, EMInfParams(steps=5)),
         ({"method": "none"}, MeasureParams()),
         ({"method": "none", "stats": "tokens"}, MeasureParams(stats="tokens")),
         ({"stats": "summary"}, EMInfParams(stats="summary")),
@@ -58,26 +60,27 @@ def test_no_method_returns_stats_unless_they_are_requested(method: str) -> None:
     [
         ({"threshold": 20.5}, "em_inf.threshold", ["20.5", "from 0 up to 20"]),
         ({"threshold": -0.1}, "em_inf.threshold", ["-0.1", "from 0 up to 20"]),
-        ({"threshold": math.nan}, "em_inf.threshold", ["nan", "from 0 up to 20"]),
-        ({"threshold": math.inf}, "em_inf.threshold", ["inf", "from 0 up to 20"]),
-        ({"threshold": True}, "em_inf.threshold", ["True", "a number"]),
-        ({"threshold": "0.3"}, "em_inf.threshold", ["'0.3'", "a number"]),
-        ({"threshold": None}, "em_inf.threshold", ["None", "a number"]),
+        ({"threshold": math.nan}, "em_inf.threshold", ["NaN", "from 0 up to 20"]),
+        ({"threshold": math.inf}, "em_inf.threshold", ["Infinity", "from 0 up to 20"]),
+        ({"threshold": True}, "em_inf.threshold", ["true", "a number"]),
+        ({"threshold": "0.3"}, "em_inf.threshold", ['"0.3"', "a number"]),
+        ({"threshold": None}, "em_inf.threshold", ["null", "a number"]),
         ({"threshold": 10**400}, "em_inf.threshold", ["a huge integer", "a number"]),
+        ({"\ud800": 1}, "em_inf.\\ud800", ["unknown field"]),
         ({"steps": 65}, "em_inf.steps", ["65", "an integer from 0 up to 64"]),
         ({"steps": 2.5}, "em_inf.steps", ["2.5", "an integer"]),
         ({"steps": {"a": [[]]}}, "em_inf.steps", ["an object of 1 items", "an integer"]),
         ({"learning_rate": 0}, "em_inf.learning_rate", ["0", "above 0, up to 10"]),
         ({"kl_weight": 11}, "em_inf.kl_weight", ["11", "from 0 up to 10"]),
-        ({"optimizer": "lion"}, "em_inf.optimizer", ["'lion'", "adam, sgd"]),
-        ({"method": "magic"}, "em_inf.method", ["'magic'", "em_inf, adaptive_temperature, none"]),
+        ({"optimizer": "lion"}, "em_inf.optimizer", ['"lion"', "adam, sgd"]),
+        ({"method": "magic"}, "em_inf.method", ['"magic"', "em_inf, adaptive_temperature, none"]),
         ({"method": ["em_inf"]}, "em_inf.method", ["a list of 1 items"]),
-        ({"stats": "all"}, "em_inf.stats", ["'all'", "one of none, summary, tokens"]),
-        ({"stats": True}, "em_inf.stats", ["True", "one of none, summary, tokens"]),
-        ({"stats": None}, "em_inf.stats", ["None", "one of none, summary, tokens"]),
-        ({"method": "none", "stats": "all"}, "em_inf.stats", ["'all'", "none, summary, tokens"]),
+        ({"stats": "all"}, "em_inf.stats", ['"all"', "one of none, summary, tokens"]),
+        ({"stats": True}, "em_inf.stats", ["true", "one of none, summary, tokens"]),
+        ({"stats": None}, "em_inf.stats", ["null", "one of none, summary, tokens"]),
+        ({"method": "none", "stats": "all"}, "em_inf.stats", ['"all"', "none, summary, tokens"]),
         ({"method": "none", "threshold": 0.3}, "em_inf.threshold", ["unknown field", "stats, method"]),
-        ({"method": None}, "em_inf.method", ["None", "one of"]),
+        ({"method": None}, "em_inf.method", ["null", "one of"]),
         ({"treshold": 0.3}, "em_inf.treshold", ["unknown field", "threshold"]),
         ({"ratio": 0.3}, "em_inf.ratio", ["unknown field", "threshold"]),
         ({7: 0.3}, "em_inf.7", ["unknown field"]),
@@ -135,6 +138,15 @@ def test_extra_args_that_cannot_be_used_are_refused(extra_args: dict[str, Any], 
     with pytest.raises(ParamsError) as caught:
         from_extra_args(extra_args)
     assert caught.value.field == field
+
+
+def test_unknown_flat_names_end_the_reading() -> None:
+    """At most 32 of them are copied, however many a client sends, and an unknown one is always among those."""
+    known = [f"em_inf_{name}" for model in METHODS.values() for name in model.model_fields]
+    many = dict.fromkeys([*known, *(f"em_inf_x{number}" for number in range(1000))], 1)
+    assert len(flat_keys(many)) == 32 > len(set(known))
+    with pytest.raises(ParamsError, match=r"^em_inf_x0: unknown field"):
+        from_extra_args({f"em_inf_x{number}": 1 for number in range(1000)})
 
 
 def test_a_step_limit_lowers_defaults_and_refuses_requests() -> None:

@@ -89,6 +89,47 @@ def test_fields_that_would_be_ignored_are_rejected(app: FastAPI, path: str, fiel
     assert says in response.json()["error"]["message"]
 
 
+@pytest.mark.parametrize(
+    "content_type",
+    [
+        "application/json",
+        "APPLICATION/JSON",
+        "Application/JSON; charset=utf-8",
+        "application/vnd.api+json",
+        "application/json;x=1",
+        " application/json ",
+        "application /json",
+        "text/plain",
+        "multipart/form-data",
+        "json",
+        "",
+    ],
+)
+@pytest.mark.parametrize("field", ["em_inf", "strategy"])
+def test_a_field_is_rejected_whenever_fastapi_reads_json(app: FastAPI, content_type: str, field: str) -> None:
+    headers = {"content-type": content_type}
+    read = send(app, "POST", "/tokenize", content=b'{"prompt": "7"}', headers=headers).status_code == 200
+    response = send(app, "POST", "/tokenize", content=f'{{"{field}": {{}}}}'.encode(), headers=headers)
+    assert response.status_code == (400 if read else 422)
+    assert read == ("application/" in content_type.lower())
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"em_inf_threshold": 0.3}, "body.em_inf_threshold"),
+        ({"extra_body": {"em_inf": True}}, "body.extra_body.em_inf"),
+        ({"stratgy": {"type": "refinement"}}, "body.stratgy"),
+        ({"vllm_xargs": {"em-inf": 1}}, "body.vllm_xargs.em-inf"),
+    ],
+)
+def test_a_misspelt_field_is_refused_on_a_sampling_route(app: FastAPI, fields: dict[str, Any], param: str) -> None:
+    response = send(app, "POST", "/v1/completions", json={"prompt": "7", **fields})
+    assert (response.status_code, response.json()["error"]["param"]) == (400, param)
+    assert "did you mean" in response.json()["error"]["message"]
+    assert send(app, "POST", "/v1/completions", json={"prompt": "7", "other": 1}).status_code == 200
+
+
 def test_a_body_that_cannot_be_parsed_has_openais_error_shape(app: FastAPI) -> None:
     body = b'{"prompt": ' + b"[" * 100_000 + b"]" * 100_000 + b"}"
     response = send(app, "POST", "/v1/completions", content=body, headers={"content-type": "application/json"})

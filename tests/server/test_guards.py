@@ -6,9 +6,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import SamplingParams
 
-from em_sampler.validation import ParamsError
 from em_sampler.vllm_plugin.processor import EMInfLogitsProcessor
 from server import guards
 from server.guards import GIB, GuardError, prepare
@@ -141,9 +141,9 @@ def test_a_seed_is_refused_if_it_would_end_the_engine(monkeypatch: pytest.Monkey
     EMInfLogitsProcessor.validate_params(SamplingParams(seed=1))
     monkeypatch.setattr(EMInfLogitsProcessor, "seeds_end_engine", True)
     EMInfLogitsProcessor.validate_params(SamplingParams())
-    with pytest.raises(ParamsError, match="seed: got 0; must be left out") as caught:
+    with pytest.raises(VLLMValidationError, match="seed: got 0; must be left out") as caught:
         EMInfLogitsProcessor.validate_params(SamplingParams(seed=0))
-    assert caught.value.field == "seed"
+    assert caught.value.parameter == "body.seed"
 
 
 @pytest.mark.parametrize(("given", "used"), [(100, 32), (32, 32), (20, 20), (-1, -1)])

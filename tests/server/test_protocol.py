@@ -75,7 +75,7 @@ def test_a_default_that_cannot_work_is_dropped_and_a_request_that_asks_for_it_is
     background = apply_em_inf(request(background=True), DEFAULT)
     assert background
     assert (background.stats, background.method) == ("none", "em_inf")
-    with pytest.raises(ParamsError, match=r"^body\.em_inf\.stats: got 'summary'; a background response has none"):
+    with pytest.raises(ParamsError, match=r'^body\.em_inf\.stats: got "summary"; a background response has none'):
         apply_em_inf(request(True, background=True), DEFAULT)
     with pytest.raises(ParamsError, match=r"^body\.em_inf: a pooling model"):
         apply_em_inf(request(True), Settings(unavailable="a pooling model samples no tokens"))
@@ -90,6 +90,16 @@ def test_a_default_that_cannot_work_is_dropped_and_a_request_that_asks_for_it_is
             None,
             {"em_inf_threshold": 99},
             r"^body\.vllm_xargs\.em_inf_threshold: got 99; must be a number from 0 up to 20",
+        ),
+        (
+            None,
+            {"em_inf_steps": 9},
+            r"^body\.vllm_xargs\.em_inf_steps: got 9; this server allows an integer from 0 up to 8",
+        ),
+        (
+            None,
+            {"em_inf": {"steps": 9}},
+            r"^body\.vllm_xargs\.em_inf\.steps: got 9; this server allows an integer from 0 up to 8",
         ),
     ],
 )
@@ -130,6 +140,6 @@ def test_a_strategy_is_resolved_with_the_operators_limit() -> None:
 def test_weights_by_entropy_need_the_requests_stats() -> None:
     weighted = chat({"type": "self_consistency", "weights": "entropy"})
     for params in (None, EMInfParams()):
-        with pytest.raises(ParamsError, match=r"^body\.strategy\.weights: got 'entropy'; needs"):
+        with pytest.raises(ParamsError, match=r'^body\.strategy\.weights: got "entropy"; needs'):
             resolve_strategy(weighted, params, Settings())
     assert resolve_strategy(weighted, EMInfParams(stats="summary"), Settings())

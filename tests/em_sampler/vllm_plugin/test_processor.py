@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 from vllm import SamplingParams
+from vllm.exceptions import VLLMValidationError
 
 from em_sampler.stats.transport import SOCKET_DIR_ENV
 from em_sampler.vllm_plugin.processor import EMInfLogitsProcessor
@@ -37,9 +38,29 @@ def test_the_limit_holds_for_defaults_too(monkeypatch: pytest.MonkeyPatch, extra
     sampling_params = SamplingParams(extra_args=extra_args)
     EMInfLogitsProcessor.validate_params(sampling_params)
     monkeypatch.setattr(EMInfLogitsProcessor, "max_steps", 3)
-    with pytest.raises(ValueError, match=r"em_inf\.steps: .*from 0 up to 3"):
+    with pytest.raises(VLLMValidationError, match=r"^em_inf[._]steps: .*from 0 up to 3"):
         EMInfLogitsProcessor.validate_params(sampling_params)
     EMInfLogitsProcessor.validate_params(SamplingParams(extra_args={"em_inf_steps": 3}))
+
+
+@pytest.mark.parametrize(
+    ("extra_args", "field"),
+    [
+        ({"em_inf_stats": "tokens"}, "em_inf_stats"),
+        ({"em_inf": {"stats": "tokens"}}, "em_inf.stats"),
+        ({"em_inf_steps": 9}, "em_inf_steps"),
+        ({"em_inf": {"steps": 9}}, "em_inf.steps"),
+        ({"em_inf_steps": 65}, "em_inf_steps"),
+        ({"em_inf": 2}, "em_inf"),
+    ],
+)
+def test_an_error_names_the_field_as_it_was_written(
+    monkeypatch: pytest.MonkeyPatch, extra_args: dict[str, Any], field: str
+) -> None:
+    monkeypatch.setattr(EMInfLogitsProcessor, "max_steps", 8)
+    with pytest.raises(VLLMValidationError, match=f"^{field}: got ") as caught:
+        EMInfLogitsProcessor.validate_params(SamplingParams(extra_args=extra_args))
+    assert caught.value.parameter == f"body.vllm_xargs.{field}"
 
 
 @pytest.mark.parametrize("runner", ["v1", "v2"])
