@@ -68,7 +68,7 @@ def serve(argv: list[str]) -> None:
     serve_parser.prog, serve_parser.usage, serve_parser.description = "em-serve", "em-serve [MODEL] [options]", HELP
     _add_em_inf_flags(serve_parser)
     _add_strategy_flags(serve_parser)
-    _add_key_flags(serve_parser)
+    _add_access_flags(serve_parser)
     args = parser.parse_args(["serve", *argv])
     if args.model_tag is None and args.model == serve_parser.get_default("model"):
         args = parser.parse_args(["serve", str(demo.MODEL_PATH), *DEMO_FLAGS, *DEMO_OWN_FLAGS, *argv])
@@ -144,7 +144,14 @@ def _add_strategy_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_key_flags(parser: argparse.ArgumentParser) -> None:
+def _add_access_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--max-request-bytes",
+        type=_at_least(1),
+        default=Settings.max_request_bytes,
+        metavar="N",
+        help="Most bytes of a request's body; a larger one gets a 413. A proxy in front should have the same limit.",
+    )
     parser.add_argument(
         "--api-key-file",
         metavar="FILE",

@@ -18,13 +18,16 @@ from vllm.engine.protocol import EngineClient
 
 import em_sampler
 from em_sampler.params import EXTRA_ARGS_KEY
+from em_sampler.validation import ParamsError
 from em_sampler.vllm_plugin.processor import EMInfLogitsProcessor
 from em_sampler.vllm_plugin.version import installed_vllm
 from server import guards
 from server.admission import BranchLimit
+from server.body_limits import BodySizeLimit, check_items
 from server.drain import Drain, bound_close, drain_before_shutdown
 from server.engine import ask_for_transforms, install_stats, install_strategies
-from server.errors import shutting_down, unreadable_body, unsupported_field
+from server.errors import bad_request, shutting_down, unreadable_body, unsupported_field
+from server.fail_fast import stop_at_first_error
 from server.handler import with_em_inf
 from server.health import live, ready
 from server.protocol import CHAT_ROUTE, SAMPLING_ROUTES, Settings
@@ -54,6 +57,11 @@ class Route(APIRoute):
         handle = super().get_route_handler()
 
         async def handle_or_reject(request: Request) -> Response:
+            if (body := await _json_body(request)) is not None:
+                try:
+                    check_items(body)
+                except ParamsError as error:
+                    raise bad_request(error) from None
             try:
                 return await handle(request)
             except HTTPException as error:
@@ -81,12 +89,14 @@ class EMInfEndpoints:
         for position, route in enumerate(app.router.routes):
             if not isinstance(route, APIRoute) or "POST" not in route.methods:
                 continue
+            stop_at_first_error(route)
             if route.path in SAMPLING_ROUTES:
                 handler = with_em_inf(route.endpoint, route.path)
                 app.router.routes[position] = _rebuild_route(route, endpoint=handler)
                 self.rebuilt.append(route.path)
             else:
                 app.router.routes[position] = _rebuild_route(route, dependencies=[Depends(reject_em_inf_fields)])
+        app.add_middleware(BodySizeLimit)
         app.get("/v1/em_inf")(describe)
         app.get("/health/live", response_class=Response)(live)
         app.get("/health/ready", response_class=Response)(ready)
@@ -136,21 +146,26 @@ async def reject_em_inf_fields(raw_request: Request) -> None:
     Raises:
         VLLMValidationError: (400) if the body has such a field.
     """
-    if not _is_json(raw_request):
-        return
-    try:
-        body = await raw_request.json()
-    except (ValueError, RecursionError):
-        return  # the route itself answers with what is wrong
+    body = await _json_body(raw_request)
     if not isinstance(body, dict):
         return
-    path = raw_request.url.path
+    path = raw_request.scope["route"].path
     settings: Settings = raw_request.app.state.em_inf
     if body.get(EXTRA_ARGS_KEY) not in (None, False):
         reason = settings.unavailable or f"use one of {', '.join(SAMPLING_ROUTES)}"
         raise unsupported_field(path, EXTRA_ARGS_KEY, reason)
     if body.get(STRATEGY_KEY) is not None:
         raise unsupported_field(path, STRATEGY_KEY, f"use {CHAT_ROUTE}")
+
+
+async def _json_body(raw_request: Request) -> Any:
+    """Return the body, parsed once for all who ask; None if it is no JSON, which the route itself answers."""
+    if not _is_json(raw_request):
+        return None
+    try:
+        return await raw_request.json()
+    except (ValueError, RecursionError):
+        return None
 
 
 def _is_json(raw_request: Request) -> bool:

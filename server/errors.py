@@ -38,6 +38,17 @@ def too_many_branches(message: str) -> JSONResponse:
     return _error_response(HTTPStatus.TOO_MANY_REQUESTS, message, f"body.{STRATEGY_KEY}", headers)
 
 
+def too_large_message(limit: int) -> str:
+    """Say how many bytes a body may have."""
+    return f"the body is too large: this server takes at most {limit} bytes (--max-request-bytes)"
+
+
+def too_large(limit: int) -> JSONResponse:
+    """Make the 413 for a body above `limit` bytes, whose rest is not read."""
+    headers = {"Connection": "close"}
+    return _error_response(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, too_large_message(limit), "body", headers)
+
+
 def shutting_down() -> JSONResponse:
     """Make the 503 for a request after SIGTERM; `Connection: close` makes the client's next one go elsewhere."""
     message = "this server is shutting down: send the request again"

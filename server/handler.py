@@ -100,6 +100,8 @@ class _Chat:
         self.request = request
         self.raw_request = raw_request
         self.state = raw_request.app.state
+        # True until the first reply is taken: that is the rest of the last message, later ones are whole.
+        self.reply_continues = bool(request.continue_final_message)
 
     async def next_prompt(self, reply: str) -> Any:
         """Render the conversation with `reply` and the refinement prompt.
@@ -108,12 +110,13 @@ class _Chat:
             NoNextPromptError: if it is longer than the context, or if the chat template refuses it.
         """
         prompt = self.state.em_inf.strategy_refinement_prompt
-        messages = [*self.request.messages]
-        if self.request.continue_final_message:  # the reply is the rest of the last message
-            messages[-1] = messages[-1] | {"content": _joined(messages[-1].get("content"), reply)}
-        else:
-            messages.append({"role": "assistant", "content": reply})
-        messages.append({"role": "user", "content": prompt})
+        messages, turn = [*self.request.messages], {"role": "assistant", "content": reply}
+        if self.request.continue_final_message:
+            begun = messages.pop()
+            if self.reply_continues:
+                turn = begun | {"content": _joined(begun.get("content"), reply)}
+            self.reply_continues = False
+        messages += [turn, {"role": "user", "content": prompt}]
         fields = {"messages": messages, "add_generation_prompt": True}
         next_request = self.request.model_copy(update=fields | {"continue_final_message": False})
         try:

@@ -58,6 +58,7 @@ class Settings:
     strategy_max_branches: int = MAX_BRANCHES  # of one request
     strategy_max_in_flight: int = 512  # branches of all requests together, in one API server
     strategy_refinement_prompt: str = REFINEMENT_PROMPT
+    max_request_bytes: int = 16 << 20  # of a body: a larger one of JSON would hold up the others for more than a second
     unavailable: str | None = None  # why no request can use em_inf here
     transforms: Sequence[Mapping[str, str]] = ()  # those of the workers: {"transform": name, "device": type}
     versions: Mapping[str, str] = field(default_factory=dict)

@@ -101,7 +101,7 @@ def keyed(*argv: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="em-serve")
     parser.add_argument("--api-key", nargs="*")
     parser.add_argument("--middleware", action="append", default=["theirs"])
-    cli._add_key_flags(parser)
+    cli._add_access_flags(parser)
     args = parser.parse_args(argv)
     cli._guard_with_keys(parser, args)
     return args

@@ -234,6 +234,9 @@ def test_a_prefill_and_its_continuation_are_one_turn_in_the_next_round(prefill: 
     assert rendered[0].messages == [*before, *turns]
     assert (rendered[0].add_generation_prompt, rendered[0].continue_final_message) == (True, False)
     assert messages[-1]["content"] == prefill
+    asyncio.run(seen.run.branches.next_prompt("7*3=21, checked"))  # a whole reply: it did not continue anything
+    turns[0] = {"role": "assistant", "content": "7*3=21, checked"}
+    assert rendered[1].messages == [*before, *turns]
 
 
 def test_several_prompts_under_a_root_path_have_their_own_statistics() -> None:
