@@ -10,6 +10,7 @@ TRANSFORM = "em_sampler/vllm_plugin/transform.py"
 CLI, ENDPOINTS, HANDLER, PROTOCOL = (f"server/{name}.py" for name in ("cli", "endpoints", "handler", "protocol"))
 ENGINE, TRACING, RESPONSE, ERRORS = (f"server/{name}.py" for name in ("engine", "tracing", "response", "errors"))
 DRAIN, HEALTH = "server/drain.py", "server/health.py"
+AUTH, GUARDS = "server/auth.py", "server/guards.py"
 BRANCHES, BASE = "server/strategies/branches.py", "server/strategies/base.py"
 
 CONFIG, SAMPLING, SERVE = "vllm/config/__init__.py", "vllm/sampling_params.py", "vllm/entrypoints/cli/serve.py"
@@ -224,10 +225,8 @@ SURFACE: dict[tuple[str, str], dict[Expectation, str]] = {
         ): "a branch's reasoning tokens",
         signature("OpenAIServingChat._effective_chat_template_kwargs(self, request)"): "an argument of the parser",
         contains(
-            "OpenAIServingChat.chat_completion_full_generator",
-            "parser.set_prompt_token_ids(final_res.prompt_token_ids)",
-            "parser.count_reasoning_tokens(token_ids)",
-        ): "how vLLM counts them",
+            "OpenAIServingChat.chat_completion_full_generator", "parser.count_reasoning_tokens(token_ids)"
+        ): "how vLLM counts them; from 0.32 on, the parser gets the prompt first",
         contains(
             "OpenAIServingChat.__init__", "self._include_reasoning_tokens_details = bool(reasoning_parser)"
         ): "whether it does",
@@ -342,10 +341,29 @@ SURFACE: dict[tuple[str, str], dict[Expectation, str]] = {
         contains("AsyncLLM.add_request", "parent_request.get_child_info(idx)"): "how it is called",
     },
     # The end.
+    (AUTH, "vllm/entrypoints/launchers/app.py"): {
+        contains("build_app", "app.state.args = args"): "where the keys are found",
+    },
+    (AUTH, "vllm/entrypoints/serve/middleware/register.py"): {
+        contains(
+            "init_entrypoints_middleware", "args.middleware", "app.add_middleware(imported)"
+        ): "our check comes last, so it is the first to see a request",
+    },
+    (GUARDS, "vllm/utils/cpu_resource_utils.py"): {
+        signature("get_allowed_cpu_list()"): "the first CPU's node is the one whose memory counts",
+        signature("get_memory_node_info(node_id=0)"): "what vLLM compares with what it wants",
+        has("MemoryNodeInfo", "total_memory", "available_memory"): "in bytes",
+    },
+    (GUARDS, "vllm/platforms/__init__.py"): {has("current_platform", "is_cpu"): "what the CPU build needs guards for"},
+    (GUARDS, CONFIG): {
+        has("VllmConfig", "use_v2_model_runner"): "that runner survives seeds in chunks",
+        has("VllmConfig.scheduler_config", "enable_chunked_prefill"): "with it, a prompt may be prefilled in chunks",
+    },
     (DRAIN, "vllm/engine/protocol.py"): {
         signature("EngineClient.shutdown(self, timeout=None)"): "wrapped: the drain runs before it",
     },
     (DRAIN, "vllm/entrypoints/launchers/launcher.py"): {
+        contains("serve_http", "app.state.server = server"): "uvicorn's server, whose wait for clients we bound",
         contains(
             "serve_http",
             "loop.add_signal_handler(signal.SIGTERM, signal_handler)",

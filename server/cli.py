@@ -45,7 +45,6 @@ def main() -> None:
     os.environ["VLLM_PLUGINS"] = ",".join(_plugins_to_load())
     os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
     os.environ[CHILD_ENV] = "1"
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # in all processes: keys are read again without it
     serve(sys.argv[1:])
     from server.drain import engine_died
 
@@ -165,6 +164,7 @@ def _guard_with_keys(parser: argparse.ArgumentParser, args: argparse.Namespace) 
     args.middleware = [*args.middleware, auth.MIDDLEWARE]
     if args.api_key_file is None:
         return
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # in all processes: who sends it means "read the keys again"
     if args.api_key or os.environ.get("VLLM_API_KEY"):  # vLLM would accept these alone on /v1
         parser.error("argument --api-key-file: not together with --api-key or VLLM_API_KEY: put that key into the file")
     try:

@@ -82,10 +82,12 @@ class EMInfEndpoints:
     )
 
     def __init__(self) -> None:
+        self.app: FastAPI
         self.rebuilt: list[str] = []  # the sampling routes that were found
 
     def attach_router(self, app: FastAPI) -> None:
         """Rebuild the POST routes in place (before vLLM 0.32 an appended route would never match)."""
+        self.app = app
         for position, route in enumerate(app.router.routes):
             if not isinstance(route, APIRoute) or "POST" not in route.methods:
                 continue
@@ -114,6 +116,8 @@ class EMInfEndpoints:
         state.strategy_metrics = StrategyMetrics(model, list(STRATEGIES))
         state.branch_limit = BranchLimit(settings.strategy_max_in_flight)
         state.drain = Drain()
+        if self.app.openapi_url:
+            self.app.openapi()  # takes a second or two: now, and not on the event loop at the first request for it
         if engine_client is not None:
             EMInfLogitsProcessor.seeds_end_engine = guards.seeds_end_engine(engine_client.vllm_config)
             guards.limit_engine(engine_client.vllm_config)

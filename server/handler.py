@@ -144,7 +144,8 @@ class _Chat:
         def count(prompt_token_ids: Sequence[int], token_ids: Sequence[int]) -> int:
             template = serving._effective_chat_template_kwargs(self.request)
             parser = serving._make_parser(self.request, serving.renderer.tokenizer, template)  # it has a state
-            parser.set_prompt_token_ids(prompt_token_ids)
+            if hasattr(parser, "set_prompt_token_ids"):  # not in vLLM 0.31
+                parser.set_prompt_token_ids(prompt_token_ids)
             return int(parser.count_reasoning_tokens(token_ids))
 
         return count

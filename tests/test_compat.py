@@ -27,6 +27,7 @@ IMPORTING = PLUGIN | {
     surface.HANDLER,
     surface.ERRORS,
     surface.ENGINE,
+    surface.GUARDS,
 }
 NOT_SHIPPED = ("tests", "benchmarks", "harness")
 PACKAGES = sorted(init.parent.name for init in ROOT.glob("*/__init__.py") if init.parent.name not in NOT_SHIPPED)
