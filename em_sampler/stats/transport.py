@@ -97,9 +97,11 @@ def listen(address: str, socket_name: str) -> "zmq.Socket[bytes]":
         if address.startswith("tcp://"):
             curve.secure_server(context, end)
         end.bind(_resolved(endpoint))
-    except (OSError, zmq.ZMQError) as error:
-        end.close()
-        raise RuntimeError(f"cannot listen for statistics on {endpoint}: {error}") from None
+    except Exception as error:
+        end.close()  # if it stayed open, its context would wait for it for ever when it is collected
+        if isinstance(error, OSError | zmq.ZMQError):
+            raise RuntimeError(f"cannot listen for statistics on {endpoint}: {error}") from None
+        raise
     return end
 
 

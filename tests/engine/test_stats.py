@@ -83,7 +83,9 @@ def test_a_stream_with_usage_has_both(v1: Server) -> None:
 def test_the_clients_stream_helper_keeps_the_usage(v1: Server, strategy: Any) -> None:
     """It keeps the usage of the last chunk; our fields are in the last event."""
     body = {"em_inf": EM | {"stats": "summary"}} | ({"strategy": strategy} if strategy else {})
-    options: Any = {"model": "demo", "messages": CHAT, "max_tokens": 12, "seed": 3, "extra_body": body}
+    # Greedy, so that the reply ends: the helper raises an error if it is cut off.
+    options: Any = {"model": "demo", "messages": CHAT, "max_tokens": 150, "seed": 3, "extra_body": body}
+    options["temperature"] = 1 if strategy else 0
     with v1.client.chat.completions.stream(**options, stream_options={"include_usage": True}) as stream:
         *_, last = [event.chunk for event in stream if event.type == "chunk"]
         usage = stream.get_final_completion().usage

@@ -334,7 +334,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
     "no type": ({"strategy": {"n": 4}}, "body.strategy.type", "self_consistency, refinement, deepconf"),
     "n of 1": ({"strategy": majority(1)}, "body.strategy.n", "from 2 up to 64"),
     "n of 1,000": ({"strategy": majority(1000)}, "body.strategy.n", "got 1000; this server allows"),
-    "n in words": ({"strategy": majority() | {"n": "4"}}, "body.strategy.n", "'4'"),
+    "n in words": ({"strategy": majority() | {"n": "4"}}, "body.strategy.n", 'got "4"'),
     "an unknown field": ({"strategy": majority(votes=3)}, "body.strategy.votes", "unknown field"),
     "an evil pattern": (
         {"strategy": majority(answer={"type": "regex", "pattern": "(?<=a)b"})},

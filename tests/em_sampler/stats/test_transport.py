@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from em_sampler.stats.curve import KEY_ENV
 from em_sampler.stats.transport import parse_address, socket_dir
 from tests.em_sampler.stats.support import ONE, Server, server
 
@@ -41,7 +42,8 @@ def test_a_path_is_measured_in_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
             assert os.path.dirname(folder) == "/tmp"
 
 
-def test_a_taken_or_foreign_address_stops_the_start() -> None:
+def test_a_taken_or_foreign_address_stops_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(KEY_ENV, "0123456789abcdef" * 2)
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
