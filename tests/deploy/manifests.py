@@ -152,7 +152,12 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     from server.cli import serve
 
     key = {"EM_INF_STATISTICS_KEY": "x" * 32}  # from the Secret
-    with mock.patch.dict(os.environ, key), mock.patch.object(ServeSubcommand, "cmd") as start:
+    with (
+        mock.patch.dict(os.environ, key),
+        mock.patch("server.guards.current_platform") as platform,
+        mock.patch.object(ServeSubcommand, "cmd") as start,
+    ):
+        platform.is_cpu.return_value = False  # the pods have GPUs; this machine's memory is not theirs
         serve(arguments)
     (namespace,) = start.call_args.args
     assert isinstance(namespace, argparse.Namespace)

@@ -224,7 +224,8 @@ def linked_environment(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("linked") / "em"
     succeeds(sys.executable, "-m", "venv", "--without-pip", folder)
     packages = next((folder / "lib").glob("python*")) / "site-packages"
-    for pip in Path(str(metadata.distribution("pip").locate_file("."))).glob("pip*"):
+    site = Path(str(metadata.distribution("pip").locate_file(".")))
+    for pip in (site / "pip", *site.glob("pip-*.dist-info")):
         shutil.copytree(pip, packages / pip.name)  # a copy, not a link: image-project.sh uninstalls it
     for distribution in metadata.distributions():
         if distribution.name.lower().replace("-", "_").replace(".", "_") not in {*locked("cpu.lock"), "torch"}:
