@@ -21,8 +21,8 @@ from server.strategies.base import MIN_BRANCHES
 # Plugin groups that VLLM_PLUGINS filters, besides the endpoint plugins: vllm/plugins/__init__.py.
 FILTERED_GROUPS = ("general", "platform", "io_processor", "stat_logger")
 HELP = """vLLM's OpenAI-compatible server with entropy minimisation (EM-INF) inside its sampler. Without MODEL it serves
-the demo model. Flags are those of `vllm serve`, --help=em_inf and --help=strategy; --help=all shows them all,
---help=WORD finds some."""
+the demo model. Flags are those of `vllm serve`, --help=em_inf, --help=strategy and --help=access; --help=all shows
+them all, --help=WORD finds some."""
 # No compilation at start-up: the model is small. No optional white space in JSON: a model that knows only sums would
 # write it until it runs out of tokens. The user's flags come later and win.
 DEMO_FLAGS = (
@@ -144,14 +144,23 @@ def _add_strategy_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_access_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
+    # "resolve": our --api-key takes the place of vLLM's, of which only the last one counts.
+    group = parser.add_argument_group("access", "Who may send requests, of what size.", conflict_handler="resolve")
+    group.add_argument(
         "--max-request-bytes",
         type=_at_least(1),
         default=Settings.max_request_bytes,
         metavar="N",
         help="Most bytes of a request's body; a larger one gets a 413. A proxy in front should have the same limit.",
     )
-    parser.add_argument(
+    group.add_argument(
+        "--api-key",
+        nargs="+",
+        action="extend",
+        metavar="KEY",
+        help="A key that clients may send, as `Authorization: Bearer KEY`; may be repeated. Default: VLLM_API_KEY.",
+    )
+    group.add_argument(
         "--api-key-file",
         metavar="FILE",
         help="API keys that clients may send, one a line (# begins a comment), in place of --api-key. The file is read "

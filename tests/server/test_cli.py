@@ -116,6 +116,11 @@ def test_the_keys_are_checked_before_all_routes(tmp_path: Path, monkeypatch: pyt
     assert getattr(importlib.import_module(module), name) is cli.auth.KeyGuard
 
 
+def test_a_repeated_key_adds_to_the_others() -> None:
+    assert keyed("--api-key", "a", "--api-key", "b", "c").api_key == ["a", "b", "c"]
+    assert keyed().api_key is None
+
+
 @pytest.mark.parametrize(
     ("variable", "argv", "says"),
     [
