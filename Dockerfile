@@ -5,8 +5,9 @@
 #
 # scripts/image-build.sh does the same and sets VERSION, from pyproject.toml, and REVISION, the commit.
 
-ARG PYTHON_IMAGE=python:3.11.15-slim-bookworm
-# The release that requirements/cuda.lock pins. A release build (scripts/image-build.sh) takes both by digest.
+# The digest is of the index of all machines. The registry takes no other image for it, whoever moves the tag.
+ARG PYTHON_IMAGE=python:3.11.15-slim-bookworm@sha256:d29f48a31a8b408ed19272ca1e7b10ebae13b240a27e862d3d4217c528e2e0c3
+# The release that requirements/cuda.lock pins. A release build (scripts/image-build.sh) takes it by digest.
 ARG VLLM_IMAGE=vllm/vllm-openai:v0.32.0
 
 # The files of this repository that both images install, with the scripts that install them: what serves, and no more.

@@ -2,14 +2,15 @@
 # image-build.sh cpu|cuda [FLAG...]: build em-inf-server:cpu or em-inf-server:cuda, labelled with the version and the commit.
 # BUILDER chooses the program; the default is the first of docker, podman and buildah that is installed. FLAGS are passed to
 # its `build`; docs/images.md lists those for a machine without an image registry. With RELEASE=1 it refuses a base image
-# without a digest: a tag can be moved, and this repository knows no digest that was not looked up.
+# without a digest: a tag can be moved.
 set -eu
 cd "$(dirname "$0")/.."
 target=$1 && shift
 
 if [ "${RELEASE:-}" = 1 ]; then
     case $target in cpu) base=PYTHON_IMAGE ;; *) base=VLLM_IMAGE ;; esac
-    echo " $* " | grep -Eq " $base=[^ ]+@sha256:[0-9a-f]{64} " || {
+    default=$(sed -n "s/^ARG $base=/$base=/p" Dockerfile)
+    printf '%s\n' "$default" "$@" | grep "^$base=" | tail -n 1 | grep -Eq '@sha256:[0-9a-f]{64}$' || {
         echo "image-build: a release needs --build-arg $base=NAME@sha256:DIGEST" >&2
         exit 2
     }

@@ -150,7 +150,7 @@ async def reject_em_inf_fields(raw_request: Request) -> None:
     Raises:
         VLLMValidationError: (400) if the body has such a field.
     """
-    body = await _json_body(raw_request)
+    body = await _json_body(raw_request) or await _form_body(raw_request)
     if not isinstance(body, dict):
         return
     path = raw_request.scope["route"].path
@@ -170,6 +170,15 @@ async def _json_body(raw_request: Request) -> Any:
         return await raw_request.json()
     except (ValueError, RecursionError):
         return None
+
+
+async def _form_body(raw_request: Request) -> dict[str, Any]:
+    """Return a form's fields, an object's by its own name: `em_inf[steps]` is a field of `em_inf`; {} if it is no form."""
+    try:
+        form = await raw_request.form()
+    except HTTPException:
+        return {}  # the route itself answers
+    return {name.partition("[")[0]: value for name, value in form.multi_items()}
 
 
 def _is_json(raw_request: Request) -> bool:

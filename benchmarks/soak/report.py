@@ -35,8 +35,9 @@ class Row:
     def all_problems(self) -> list[str]:
         """Return the problems, those of the probe included."""
         slow = f"/health/live took more than {HANG_S:.0f} s, {self.probes.hangs} times: {self.probes.slowest_s:.1f} s"
-        failed = f"/health/live failed {self.probes.errors} times"
-        found = [(self.probes.hangs, slow), (self.probes.errors, failed)]
+        failures = self.probes.failures
+        failed = f"/health/live failed {len(failures)} times: {', '.join(failures[:3])}"
+        found = [(self.probes.hangs, slow), (len(failures), failed)]
         return self.problems + [said for number, said in found if number]
 
     def cells(self) -> list[str]:

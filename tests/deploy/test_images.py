@@ -83,7 +83,7 @@ def test_labels_are_the_projects_version_and_the_commit(target: str, tmp_path: P
 
 
 def test_bases_are_pinned_and_vllm_is_the_release_of_the_locks() -> None:
-    assert re.fullmatch(r"python:3\.\d+\.\d+-slim-\w+", DOCKERFILE.defaults["PYTHON_IMAGE"])
+    assert re.fullmatch(r"python:3\.\d+\.\d+-slim-\w+@sha256:[0-9a-f]{64}", DOCKERFILE.defaults["PYTHON_IMAGE"])
     image, release = DOCKERFILE.defaults["VLLM_IMAGE"].split(":v")
     assert image == "vllm/vllm-openai"
     assert release in SUPPORTED_VLLM
@@ -98,7 +98,10 @@ def test_a_release_is_built_on_a_digest_alone(target: str, base: str, tmp_path: 
     environ = os.environ | {"BUILDER": "docker", "PATH": f"{tmp_path}:{os.environ['PATH']}", "RELEASE": "1"}
     build = ROOT / "scripts/image-build.sh"
     assert succeeds(build, target, "--build-arg", f"{base}=name@sha256:{'0' * 64}", env=environ) == "built\n"
-    for given in ((), ("--build-arg", f"{base}=name:tag"), ("--build-arg", f"{base}=name@sha256:{'0' * 63}")):
+    if "@" in DOCKERFILE.defaults[base]:
+        assert succeeds(build, target, env=environ) == "built\n"
+    tagged = ("--build-arg", f"{base}=vllm/vllm-openai:v0.32.0")
+    for given in (tagged, ("--build-arg", f"{base}=name:tag"), ("--build-arg", f"{base}=name@sha256:{'0' * 63}")):
         done = run(build, target, *given, env=environ)
         assert done.returncode == 2
         assert done.stderr == f"image-build: a release needs --build-arg {base}=NAME@sha256:DIGEST\n"

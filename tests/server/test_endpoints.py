@@ -3,11 +3,11 @@
 import asyncio
 from argparse import Namespace
 from collections.abc import Iterator
-from typing import Any
+from typing import Annotated, Any
 
 import httpx
 import pytest
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, Form, Request
 from pydantic import BaseModel
 from starlette.responses import JSONResponse
 from vllm.exceptions import VLLMValidationError
@@ -32,12 +32,17 @@ async def tokenize(request: CompletionRequest, raw_request: Request) -> Any:
     return JSONResponse({"count": len(request.prompt)})
 
 
+async def transcribe(prompt: Annotated[str, Form()]) -> Any:
+    return JSONResponse({"text": prompt})
+
+
 @pytest.fixture(scope="module")
 def app() -> Iterator[FastAPI]:
     """A server without an engine. Its metrics are those of the process, so there is one."""
     app = FastAPI()
     app.post("/v1/completions")(create_completion)
     app.post("/tokenize")(tokenize)
+    app.post("/v1/audio/transcriptions")(transcribe)
     app.get("/ping")(lambda: "pong")
     app.add_exception_handler(VLLMValidationError, _as_vllm)
     plugin = EMInfEndpoints()
@@ -112,6 +117,18 @@ def test_a_field_is_rejected_whenever_fastapi_reads_json(app: FastAPI, content_t
     response = send(app, "POST", "/tokenize", content=f'{{"{field}": {{}}}}'.encode(), headers=headers)
     assert response.status_code == (400 if read else 422)
     assert read == ("application/" in content_type.lower())
+
+
+@pytest.mark.parametrize("options", [{}, {"files": {"file": b"RIFF"}}], ids=["urlencoded", "multipart"])
+def test_a_field_of_a_form_is_rejected(app: FastAPI, options: dict[str, Any]) -> None:
+    def transcriptions(**fields: str) -> httpx.Response:
+        return send(app, "POST", "/v1/audio/transcriptions", data={"prompt": "7", **fields}, **options)
+
+    assert transcriptions().json() == {"text": "7"}
+    # OpenAI's clients write {"em_inf": {"steps": 3}} as the second.
+    for name, param in {"em_inf": "em_inf", "em_inf[steps]": "em_inf", "strategy[type]": "strategy"}.items():
+        response = transcriptions(**{name: "3"})
+        assert (response.status_code, response.json()["error"]["param"]) == (400, f"body.{param}"), name
 
 
 @pytest.mark.parametrize(
