@@ -168,7 +168,7 @@ def many(target: Target, size: Size, growth_mib: float, warm_up: int, seed: int 
 
     def send_many(row: Row, number: int) -> None:
         begun = time.monotonic()
-        with ThreadPoolExecutor(4 * PARALLEL) as pool:
+        with ThreadPoolExecutor(2 * PARALLEL) as pool:
             while number > 0 and time.monotonic() - begun < size.limit_s:
                 for outcome in pool.map(send, itertools.islice(cases, min(BATCH, number))):
                     row.add(outcome)
