@@ -1,6 +1,6 @@
 """Faults that were found, each with the requests that show it: `python -m benchmarks.soak.reproducers [NAME...]`.
 
-Prints one line of figures for each; all of them need four starts of em-serve on the demo model. They judge nothing:
+Prints one line of figures for each; all of them need five starts of em-serve on the demo model. They judge nothing:
 run them on two commits and compare. What each figure was and is: docs/findings/hardening.md.
 """
 
@@ -25,16 +25,20 @@ import openai
 import psutil
 
 import demo
-from benchmarks.soak.probe import Probe
+from benchmarks.soak.calls import CHAT, HEADERS, KEY, LIMIT_S, chat, http, metric, wait_until
+from benchmarks.soak.hangs import (
+    STATISTICS_ADDRESS,
+    flood_of_statistics,
+    huge_objects,
+    many_log_probabilities,
+    slow_pattern,
+    statistics_without_end,
+    worst_validations,
+)
 from harness import launch
 from harness.launch import EM_SERVE, Server
 
 FOLDER = Path("build/soak")
-KEY = "reproducers"
-HEADERS = {"Authorization": f"Bearer {KEY}"}
-CHAT = [{"role": "user", "content": "12+7*3-4"}]
-LIMIT_S = 900.0
-MEBIBYTE = 2**20
 ALTERNATING = (
     "{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
     "{{ raise_exception('roles must alternate') }}{% endif %}<|{{ m.role }}|>{{ m.content }}<|im_end|>{% endfor %}"
@@ -50,69 +54,7 @@ class Group:
 
     flags: Callable[[], tuple[str, ...]]
     reproducers: tuple[Reproducer, ...]
-    prefix: str = ""
-
-
-def http(server: Server) -> httpx.Client:
-    """Return a client of the server, with its key."""
-    return httpx.Client(base_url=server.url, headers=HEADERS, timeout=LIMIT_S)
-
-
-def chat(server: Server, headers: dict[str, str] | None = None, path: str = "", **fields: Any) -> httpx.Response:
-    """Send a chat request and wait for the whole response."""
-    body = {"model": "demo", "messages": CHAT} | fields
-    with http(server) as client:
-        return client.post(f"{path}/v1/chat/completions", json=body, headers=headers)
-
-
-def metric(server: Server, name: str, label: str = "") -> float:
-    """Return the sum of a metric's series that have `label`."""
-    with http(server) as client:
-        lines = client.get("/metrics").text.splitlines()
-    return sum(float(line.split()[-1]) for line in lines if line.startswith((name + "{", name + " ")) and label in line)
-
-
-def resident(server: Server) -> float:
-    """Return the MiB of memory that the API server's process has."""
-    return float(psutil.Process(server.pid).memory_info().rss) / MEBIBYTE
-
-
-def probed(server: Server, send: Callable[[], httpx.Response]) -> str:
-    """Send something, and say what came of it while `/health/live` was asked."""
-    before, begun = resident(server), time.monotonic()
-    with Probe(server.url) as probe:
-        response = send()
-    took, grown = time.monotonic() - begun, resident(server) - before
-    slowest = probe.answers.slowest_s
-    return f"status {response.status_code} after {took:.1f} s; slowest probe {slowest:.2f} s; memory {grown:+.0f} MiB"
-
-
-def slow_pattern(server: Server) -> str:
-    """Match a pattern that takes quadratic time, on replies whose text the client chose."""
-    with http(server) as client:
-        token = client.post("/tokenize", json={"model": "demo", "prompt": "7"}).json()["tokens"][0]
-    answer = {"type": "regex", "pattern": "(?:.{0,60}){0,15}z|."}
-    strategy = {"type": "self_consistency", "n": 3, "answer": answer}
-    fields: dict[str, Any] = {"max_tokens": 950, "ignore_eos": True, "allowed_token_ids": [token], "temperature": 1}
-    return probed(server, lambda: chat(server, strategy=strategy, **fields))
-
-
-def many_log_probabilities(server: Server) -> str:
-    """Let deepconf ask for 20 candidates of every token of 64 long branches."""
-    strategy = {"type": "deepconf", "n": 64, "warmup": 63, "top": 20}
-    return probed(server, lambda: chat(server, strategy=strategy, max_tokens=1000, ignore_eos=True, temperature=1))
-
-
-def huge_objects(server: Server) -> str:
-    """Send a million unknown keys, and 20 MB that every branch gets a copy of."""
-    unknown = {f"k{i}": 0 for i in range(1_000_000)}
-    vote: dict[str, Any] = {"type": "self_consistency", "n": 64}
-    sent = {
-        "em_inf": lambda: chat(server, em_inf=unknown),
-        "strategy": lambda: chat(server, strategy=unknown),
-        "vllm_xargs": lambda: chat(server, strategy=vote, vllm_xargs={"x": "a" * 20_000_000}, max_tokens=2),
-    }
-    return " | ".join(f"{name}: {probed(server, send)}" for name, send in sent.items())
+    env: tuple[tuple[str, str], ...] = ()
 
 
 def masked_confidence(server: Server) -> str:
@@ -221,11 +163,11 @@ def slow_reader(server: Server) -> str:
     # Larger than what the kernel holds for a socket, so that the last byte is not sent.
     body |= {"max_tokens": 990, "ignore_eos": True, "logprobs": True, "top_logprobs": 100}
     with unread(server, body, "/llm"):
-        _wait(lambda: metric(server, "em_inf_strategy_branches_running") > 0, 60)
-        _wait(lambda: metric(server, "em_inf_strategy_branches_running") == 0, 120)
+        wait_until(lambda: metric(server, "em_inf_strategy_branches_running") > 0, 60)
+        wait_until(lambda: metric(server, "em_inf_strategy_branches_running") == 0, 120)
         idle = time.monotonic()
         small: dict[str, Any] = {"strategy": strategy | {"n": 2}, "max_tokens": 2, "temperature": 1}
-        freed = _wait(lambda: chat(server, path="/llm", **small).status_code == 200, 30)
+        freed = wait_until(lambda: chat(server, path="/llm", **small).status_code == 200, 30)
         after = time.monotonic() - idle
     return f"places given back {after:.1f} s after the branches" if freed else f"still 429 after {after:.0f} s"
 
@@ -242,13 +184,6 @@ def unread(server: Server, body: dict[str, Any], path: str = "") -> Iterator[soc
         head += f"Content-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
         connection.sendall(head.encode() + data)
         yield connection
-
-
-def _wait(true: Callable[[], bool], limit_s: float) -> bool:
-    deadline = time.monotonic() + limit_s
-    while not (found := true()) and time.monotonic() < deadline:
-        time.sleep(0.5)
-    return found
 
 
 def terminated_with_open_streams(server: Server) -> str:
@@ -275,7 +210,7 @@ def terminated_with_open_streams(server: Server) -> str:
 
     with concurrent.futures.ThreadPoolExecutor() as pool:
         streams = [pool.submit(read) for _ in range(4)]
-        _wait(lambda: metric(server, "vllm:num_requests_running") > 0, 60)
+        wait_until(lambda: metric(server, "vllm:num_requests_running") > 0, 60)
         begun = time.monotonic()
         os.kill(server.pid, signal.SIGTERM)
         with contextlib.suppress(psutil.TimeoutExpired):
@@ -339,6 +274,7 @@ GROUPS = (
             usage_of_stream_helper,
             refinement_after_prefill,
             huge_objects,
+            worst_validations,
             slow_pattern,
             many_log_probabilities,
             terminated_with_open_streams,
@@ -353,6 +289,11 @@ GROUPS = (
         (reasoning_tokens, strict_template),
     ),
     Group(lambda: (*COMMON, "--root-path", "/"), (root_path_that_is_a_slash,)),
+    Group(
+        lambda: (*COMMON, "--em-inf-statistics-address", STATISTICS_ADDRESS),
+        (flood_of_statistics, statistics_without_end),
+        env=(("EM_INF_STATISTICS_KEY", "0" * 32),),
+    ),
 )
 
 
@@ -363,7 +304,7 @@ def run(group: Group, chosen: list[str], executor: str) -> None:
         return
     log = FOLDER / f"{reproducers[0].__name__}.log"
     try:
-        with launch.serve(*EM_SERVE, *group.flags(), log=log, executor=executor) as server:
+        with launch.serve(*EM_SERVE, *group.flags(), log=log, executor=executor, env=dict(group.env)) as server:
             for reproduce in reproducers:
                 try:
                     said = reproduce(server)
