@@ -23,7 +23,7 @@ from em_sampler.vllm_plugin.processor import EMInfLogitsProcessor
 from em_sampler.vllm_plugin.version import installed_vllm
 from server import guards
 from server.admission import BranchLimit
-from server.body_limits import BodySizeLimit, check_items
+from server.body_limits import BodySizeLimit, check_items, check_json
 from server.drain import Drain, bound_close, drain_before_shutdown
 from server.engine import ask_for_transforms, install_stats, install_strategies
 from server.errors import bad_request, shutting_down, unreadable_body, unsupported_field
@@ -57,11 +57,12 @@ class Route(APIRoute):
         handle = super().get_route_handler()
 
         async def handle_or_reject(request: Request) -> Response:
-            if (body := await _json_body(request)) is not None:
-                try:
-                    check_items(body)
-                except ParamsError as error:
-                    raise bad_request(error) from None
+            try:
+                if _is_json(request):
+                    check_json(await request.body())
+                    check_items(await _json_body(request))
+            except ParamsError as error:
+                raise bad_request(error) from None
             try:
                 return await handle(request)
             except HTTPException as error:
@@ -173,7 +174,7 @@ async def _json_body(raw_request: Request) -> Any:
 
 
 async def _form_body(raw_request: Request) -> dict[str, Any]:
-    """Return a form's fields, an object's by its own name: `em_inf[steps]` is a field of `em_inf`; {} if it is no form."""
+    """Return a form's fields, an object's under its own name: `em_inf[steps]` is one of `em_inf`; {} if it is none."""
     try:
         form = await raw_request.form()
     except HTTPException:

@@ -61,9 +61,11 @@ def worst_validations(server: Server) -> str:
         "1,000 wrong parts": ("responses", {"input": [{"role": "user", "content": [{}] * 1_000}]}),
         "20,000 messages": ("chat/completions", {"messages": CHAT * 6_600}),
         "16 MiB of text": ("chat/completions", {"messages": [{"role": "user", "content": "1+" * 8_000_000}]}),
+        "a million token ids": ("completions", {"prompt": [5] * 999_000}),
+        "199,000 names": ("chat/completions", {"messages": CHAT} | {f"field{i}": 0 for i in range(199_000)}),
+        "199,000 arrays": ("chat/completions", {"messages": CHAT, "em_inf": [[]] * 199_000}),
+        "199,000 tools": ("chat/completions", {"messages": CHAT, "tools": [{}] * 199_000}),
         "16 MiB of arrays": ("chat/completions", {"messages": CHAT, "em_inf": [[]] * 3_900_000}),
-        "16 MiB of names": ("chat/completions", {"messages": CHAT} | {f"field{i}": 0 for i in range(900_000)}),
-        "16 MiB of tools": ("chat/completions", {"messages": CHAT, "tools": [{}] * 3_900_000}),
     }
 
     def post(path: str, fields: dict[str, Any]) -> httpx.Response:

@@ -1,6 +1,7 @@
 """A body's size, and the items of a conversation in it."""
 
 import asyncio
+import json
 from argparse import Namespace
 from collections.abc import AsyncIterator
 from types import SimpleNamespace
@@ -13,7 +14,7 @@ from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionReque
 from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
 
 from em_sampler.validation import ParamsError
-from server.body_limits import MAX_ITEMS, MAX_PARTS, BodySizeLimit, check_items
+from server.body_limits import MAX_ITEMS, MAX_NAMES, MAX_PARTS, MAX_VALUES, BodySizeLimit, check_items, check_json
 from server.fail_fast import _change
 from server.protocol import Settings
 
@@ -151,3 +152,42 @@ def test_right_lists_are_read_as_before() -> None:
     request = ChatCompletionRequest.model_validate(body | {"stop": ["x", "y"]})
     assert [message["content"] for message in request.messages] == ["a", "b"]
     assert request.stop == ["x", "y"]
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"prompt": [1] * MAX_VALUES},
+        {f"name {number}": 0 for number in range(MAX_NAMES - 1)},  # the object counts too
+        {"prompt": [[]] * (MAX_NAMES - 3)},
+        {"prompt": "1,[{:" * MAX_VALUES},
+        {"prompt": '"\\,' * MAX_VALUES},
+        {"prompt": ["\\", '\\"', ",:", '"'] * 1_000 + ["," * MAX_VALUES, ":" * MAX_NAMES]},
+        {"prompt": "ü,\U0001f600" * MAX_VALUES},
+    ],
+    ids=["ids", "names", "arrays", "text", "escapes", "strings", "unicode"],
+)
+def test_json_of_any_text_and_as_many_values_passes(body: dict[str, Any]) -> None:
+    check_json(json.dumps(body).encode())
+    check_json(json.dumps(body, ensure_ascii=False).encode())
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        json.dumps({"prompt": [1] * (MAX_VALUES + 1)}),
+        json.dumps({f"name {number}": 0 for number in range(MAX_NAMES)}),
+        json.dumps({"prompt": [[]] * MAX_NAMES}),
+        json.dumps({"prompt": [{}] * MAX_NAMES}),
+        json.dumps({"prompt": ["\\"] * (MAX_VALUES + 1)}),  # a quote after a backslash ends each
+        json.dumps({"prompt": [""] * 2 * MAX_VALUES}),
+        '{"prompt": [' + "[" * MAX_NAMES,
+        json.dumps({"prompt": "," * MAX_VALUES}).encode("utf-16"),  # its strings cannot be told apart: JSON is UTF-8
+    ],
+    ids=["ids", "names", "arrays", "objects", "backslashes", "strings", "cut off", "utf-16"],
+)
+def test_json_of_more_values_is_refused_unparsed(body: str | bytes) -> None:
+    with pytest.raises(
+        ParamsError, match="body: is made of too many values; may have at most 1000000 values, and 200000"
+    ):
+        check_json(body.encode() if isinstance(body, str) else body)

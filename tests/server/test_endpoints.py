@@ -154,6 +154,13 @@ def test_a_body_that_cannot_be_parsed_has_openais_error_shape(app: FastAPI) -> N
     assert response.json()["error"]["param"] == "body"
 
 
+@pytest.mark.parametrize("path", ["/v1/completions", "/tokenize"])
+def test_a_body_of_too_many_values_is_refused(app: FastAPI, path: str) -> None:
+    response = send(app, "POST", path, json={"prompt": "7", "other": [[]] * 200_000})
+    assert (response.status_code, response.json()["error"]["param"]) == (400, "body")
+    assert "too many values" in response.json()["error"]["message"]
+
+
 def test_while_draining_post_routes_are_closed_and_others_are_not(app: FastAPI) -> None:
     assert send(app, "GET", "/health/ready").status_code == 200
     app.state.drain.run(timeout_s=0)
