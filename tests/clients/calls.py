@@ -166,7 +166,8 @@ def _guidellm(url: str, extra: dict[str, Any], stream: bool) -> Result:
             raise RuntimeError((done.stderr + done.stdout)[-1500:])
         run = json.loads(report.read_text())
     request = run["benchmarks"][0]["requests"]["successful"][0]
-    return result(request["output"], request["output_metrics"].get("text_tokens"), request, extra)
+    response = {name: value for name, value in request.items() if name != "request_args"}  # which have our fields
+    return result(request["output"], request["output_metrics"].get("text_tokens"), response, extra)
 
 
 def _lm_eval(url: str, extra: dict[str, Any], stream: bool) -> Result:
