@@ -98,10 +98,8 @@ def test_a_release_is_built_on_a_digest_alone(target: str, base: str, tmp_path: 
     environ = os.environ | {"BUILDER": "docker", "PATH": f"{tmp_path}:{os.environ['PATH']}", "RELEASE": "1"}
     build = ROOT / "scripts/image-build.sh"
     assert succeeds(build, target, "--build-arg", f"{base}=name@sha256:{'0' * 64}", env=environ) == "built\n"
-    if "@" in DOCKERFILE.defaults[base]:
-        assert succeeds(build, target, env=environ) == "built\n"
-    tagged = ("--build-arg", f"{base}=vllm/vllm-openai:v0.32.0")
-    for given in (tagged, ("--build-arg", f"{base}=name:tag"), ("--build-arg", f"{base}=name@sha256:{'0' * 63}")):
+    assert run(build, target, env=environ).returncode == (0 if "@" in DOCKERFILE.defaults[base] else 2)
+    for given in (("--build-arg", f"{base}=name:tag"), ("--build-arg", f"{base}=name@sha256:{'0' * 63}")):
         done = run(build, target, *given, env=environ)
         assert done.returncode == 2
         assert done.stderr == f"image-build: a release needs --build-arg {base}=NAME@sha256:DIGEST\n"
