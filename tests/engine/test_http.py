@@ -144,7 +144,8 @@ BAD: dict[str, tuple[Any, str, str]] = {
     "a list": ([{"threshold": 0.3}], "body.em_inf", "true or false"),
     "nested junk": (nested(40), "body.em_inf.threshold", "a list of 1 items"),
     "10 MB of text": ({"threshold": "x" * 10**7}, "body.em_inf.threshold", "xxx..."),
-    "10 MB of keys": ({f"k{i}": i for i in range(700_000)}, "body.em_inf.k0", "unknown field"),
+    "3 MB of keys": ({f"k{i}": i for i in range(190_000)}, "body.em_inf.k0", "unknown field"),
+    "10 MB of keys": ({f"k{i}": i for i in range(700_000)}, "body", "too many values"),
 }
 
 
