@@ -1,7 +1,5 @@
 """Requests to a server of the reproducers, which has a key; and what is read from it."""
 
-import time
-from collections.abc import Callable
 from typing import Any
 
 import httpx
@@ -38,10 +36,3 @@ def metric(server: Server, name: str, label: str = "") -> float:
 def resident(server: Server) -> float:
     """Return the MiB of memory that the API server's process has."""
     return float(psutil.Process(server.pid).memory_info().rss) / MEBIBYTE
-
-
-def wait_until(true: Callable[[], bool], limit_s: float) -> bool:
-    deadline = time.monotonic() + limit_s
-    while not (found := true()) and time.monotonic() < deadline:
-        time.sleep(0.5)
-    return found

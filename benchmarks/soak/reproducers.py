@@ -25,7 +25,8 @@ import openai
 import psutil
 
 import demo
-from benchmarks.soak.calls import CHAT, HEADERS, KEY, LIMIT_S, chat, http, metric, wait_until
+from benchmarks.soak.calls import CHAT, HEADERS, KEY, LIMIT_S, chat, http, metric
+from benchmarks.soak.exchange import until
 from benchmarks.soak.hangs import (
     STATISTICS_ADDRESS,
     flood_of_statistics,
@@ -163,11 +164,11 @@ def slow_reader(server: Server) -> str:
     # Larger than what the kernel holds for a socket, so that the last byte is not sent.
     body |= {"max_tokens": 990, "ignore_eos": True, "logprobs": True, "top_logprobs": 100}
     with unread(server, body, "/llm"):
-        wait_until(lambda: metric(server, "em_inf_strategy_branches_running") > 0, 60)
-        wait_until(lambda: metric(server, "em_inf_strategy_branches_running") == 0, 120)
+        until(lambda: metric(server, "em_inf_strategy_branches_running") > 0, 60)
+        until(lambda: metric(server, "em_inf_strategy_branches_running") == 0, 120)
         idle = time.monotonic()
         small: dict[str, Any] = {"strategy": strategy | {"n": 2}, "max_tokens": 2, "temperature": 1}
-        freed = wait_until(lambda: chat(server, path="/llm", **small).status_code == 200, 30)
+        freed = until(lambda: chat(server, path="/llm", **small).status_code == 200, 30)
         after = time.monotonic() - idle
     return f"places given back {after:.1f} s after the branches" if freed else f"still 429 after {after:.0f} s"
 
@@ -210,7 +211,7 @@ def terminated_with_open_streams(server: Server) -> str:
 
     with concurrent.futures.ThreadPoolExecutor() as pool:
         streams = [pool.submit(read) for _ in range(4)]
-        wait_until(lambda: metric(server, "vllm:num_requests_running") > 0, 60)
+        until(lambda: metric(server, "vllm:num_requests_running") > 0, 60)
         begun = time.monotonic()
         os.kill(server.pid, signal.SIGTERM)
         with contextlib.suppress(psutil.TimeoutExpired):

@@ -40,7 +40,7 @@ class Strangers:
     @contextlib.contextmanager
     def never_ending(self) -> Iterator[None]:
         """Send one message of large frames that does not end, and keep the connection."""
-        with self._running([iter([FRAME_OF_A_MESSAGE_WITHOUT_END] * MANY_FRAMES)]):
+        with self._running([itertools.repeat(FRAME_OF_A_MESSAGE_WITHOUT_END, MANY_FRAMES)]):
             yield
 
     @contextlib.contextmanager

@@ -226,5 +226,5 @@ def test_a_folder_with_a_foreign_file_is_a_model_or_an_input_error(name: str, co
 
 def test_a_proxy_without_its_package_is_an_input_error(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("ALL_PROXY", "socks5://127.0.0.1:9")
-    attempt(lambda: load(ft(model="nobody/nothing", fresh_every=1, prompts="p", out="o")))
-    attempt(lambda: read_prompts("nobody/nothing"))
+    assert attempt(lambda: load(ft(model="nobody/nothing", fresh_every=1, prompts="p", out="o"))) is None
+    assert attempt(lambda: read_prompts("nobody/nothing")) is None
