@@ -27,9 +27,7 @@ from tests.em_train.support import SMALL, ft, rl
 TOKENIZER = AutoTokenizer.from_pretrained(demo.MODEL_PATH)
 SIZE = len(TOKENIZER)
 CHAT = [{"role": "user", "content": "3+4"}]
-bounded = settings(
-    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
-)
+bounded = settings(max_examples=150, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters(), max_size=8),

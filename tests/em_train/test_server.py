@@ -204,7 +204,7 @@ REPLIES = JSON | st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=300, suppress_health_check=[HealthCheck.too_slow])
 @given(reply=REPLIES.map(lambda reply: json.dumps(reply).encode()) | st.binary(max_size=64), as_text=st.booleans())
 def test_any_reply_is_an_output_or_an_input_error(reply: bytes, as_text: bool):
     refusal = ""

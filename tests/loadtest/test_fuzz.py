@@ -23,7 +23,6 @@ from tests.loadtest.example import config, results, scenario
 from tests.loadtest.tasks.loading import loaded
 
 BOUNDED = settings(
-    deadline=None,
     max_examples=100,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.filter_too_much],
 )

@@ -256,7 +256,7 @@ actions = st.one_of(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.lists(st.booleans(), min_size=SLOTS, max_size=SLOTS), st.lists(actions, max_size=25))
 def test_a_server_gets_the_last_stats_of_every_position_once(kinds: list[bool], story: list[Any]) -> None:
     engine, number = Engine(SLOTS), 0

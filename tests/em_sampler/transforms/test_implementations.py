@@ -48,7 +48,7 @@ each_implementation = pytest.mark.parametrize(
 
 
 @pytest.mark.slow
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(seeds, st.sampled_from([2, 3, 17, 1000]), st.lists(any_params, min_size=1, max_size=12))
 def test_every_row_matches_the_reference(seed: int, vocab: int, params: list[Params | None]) -> None:
     before = rows_of(seed, len(params), vocab)
@@ -91,7 +91,7 @@ def near_threshold(row: torch.Tensor, params: EMInfParams) -> bool:
 
 
 @each_implementation
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(seeds, st.lists(any_method, min_size=2, max_size=10), st.randoms(use_true_random=False))
 def test_a_row_does_not_depend_on_the_others(
     implementation: str, seed: int, params: list[Params | None], random
@@ -109,7 +109,7 @@ def test_a_row_does_not_depend_on_the_others(
 
 
 @each_implementation
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(seeds, st.one_of(em_inf, adaptive))
 def test_argmax_is_kept(implementation: str, seed: int, params: Params) -> None:
     before = rows_of(seed, 4, 300)
@@ -119,7 +119,7 @@ def test_argmax_is_kept(implementation: str, seed: int, params: Params) -> None:
 
 
 @each_implementation
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(seeds, st.sampled_from([0.01, 0.05]))
 def test_plain_gradient_steps_never_raise_the_entropy(implementation: str, seed: int, rate: float) -> None:
     before = rows_of(seed, 4, 300)

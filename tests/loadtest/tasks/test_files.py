@@ -14,7 +14,9 @@ from loadtest.scenario import ScenarioError, Task
 from loadtest.tasks.registry import load_task
 from tests.loadtest.tasks.loading import check, loaded, write_file
 
-SAME_FOLDER = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=50)
+SAME_FOLDER = settings(
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow], max_examples=50
+)
 
 TEXT = st.text(min_size=1, max_size=40).filter(lambda text: bool(text.strip()))
 

@@ -4,7 +4,7 @@ import statistics
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import TypeAdapter
 
@@ -33,7 +33,6 @@ def test_demo_questions_are_held_out_problems_with_correct_solutions() -> None:
     spread=st.floats(0, 200),
     word=st.sampled_from([" the", "1", ":"]),
 )
-@settings(deadline=None)
 def test_synthetic_prompts_are_reproducible_and_differ_from_the_start(
     least: int, seed: int, shape: str, spread: float, word: str
 ) -> None:

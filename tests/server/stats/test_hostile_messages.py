@@ -69,7 +69,7 @@ def mutated(message: bytes, changes: list[tuple[str, int, bytes]]) -> bytes:
     return message
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(hostile=st.lists(st.one_of(st.binary(max_size=200), mutations), min_size=1, max_size=8))
 def test_no_bytes_disturb_a_request(folder: Path, hostile: list[bytes | list[tuple[str, int, bytes]]]) -> None:
     async def test(collector: StatsCollector) -> None:

@@ -28,7 +28,7 @@ def totals_of(*tokens: tuple[float, float, int]) -> StructuredArray:
     return totals
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.lists(st.lists(st.one_of(st.floats(0, 20, width=32), st.sampled_from([1.0, 12.0, 0.5])), max_size=20)))
 def test_observations_in_bulk_are_those_made_one_by_one(batches: list[list[float]]) -> None:
     registry = CollectorRegistry()
