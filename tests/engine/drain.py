@@ -26,6 +26,7 @@ async def check_drain(server: Server) -> None:
             deadline = time.monotonic() + HANG_LIMIT_S
             while (await http.get("/health/ready")).status_code != 503:
                 assert time.monotonic() < deadline, "still ready while it drains"
+            assert not all(task.done() for task in running), "no request was running"
             refused = await http.post("/v1/completions", json={"model": "demo", "prompt": "1"})
             assert refused.status_code == 503
             assert refused.json()["error"] | {"message": ""} == {
