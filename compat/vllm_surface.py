@@ -10,7 +10,7 @@ TRANSFORM = "em_sampler/vllm_plugin/transform.py"
 CLI, ENDPOINTS, HANDLER, PROTOCOL = (f"server/{name}.py" for name in ("cli", "endpoints", "handler", "protocol"))
 ENGINE, TRACING, RESPONSE, ERRORS = (f"server/{name}.py" for name in ("engine", "tracing", "response", "errors"))
 DRAIN, HEALTH = "server/drain.py", "server/health.py"
-AUTH, GUARDS = "server/auth.py", "server/guards.py"
+AUTH, GUARDS, CPU_DEFAULTS = "server/auth.py", "server/guards.py", "server/cpu_defaults.py"
 BRANCHES, BASE = "server/strategies/branches.py", "server/strategies/base.py"
 
 CONFIG, SAMPLING, SERVE = "vllm/config/__init__.py", "vllm/sampling_params.py", "vllm/entrypoints/cli/serve.py"
@@ -168,6 +168,9 @@ SURFACE: dict[tuple[str, str], dict[Expectation, str]] = {
     (CLI, "vllm/engine/arg_utils.py"): {
         contains("EngineArgs.add_cli_args", f"'--{flag}'"): "how the demo model is served"
         for flag in ("model", "served-model-name", "enforce-eager", "enable-chunked-prefill")
+    },
+    (CLI, "vllm/logger.py"): {
+        signature("configure_logging_from_args(args)"): "what em-serve says before the start is printed as vLLM's own",
     },
     (CLI, "vllm/utils/argparse_utils.py"): {
         signature("FlexibleArgumentParser.__init__(self, *args, **kwargs)"): "the outer parser",
@@ -349,10 +352,13 @@ SURFACE: dict[tuple[str, str], dict[Expectation, str]] = {
             "init_entrypoints_middleware", "args.middleware", "app.add_middleware(imported)"
         ): "our check comes last, so it is the first to see a request",
     },
-    (GUARDS, "vllm/utils/cpu_resource_utils.py"): {
+    (CPU_DEFAULTS, "vllm/utils/cpu_resource_utils.py"): {
         signature("get_allowed_cpu_list()"): "the first CPU's node is the one whose memory counts",
         signature("get_memory_node_info(node_id=0)"): "what vLLM compares with what it wants",
         has("MemoryNodeInfo", "total_memory", "available_memory"): "in bytes",
+    },
+    (CPU_DEFAULTS, "vllm/engine/arg_utils.py"): {
+        has("EngineArgs", "gpu_memory_utilization"): "its default: the user has not said how much memory to take",
     },
     (GUARDS, "vllm/platforms/__init__.py"): {has("current_platform", "is_cpu"): "what the CPU build needs guards for"},
     (GUARDS, CONFIG): {

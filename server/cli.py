@@ -55,11 +55,13 @@ def main() -> None:
 def serve(argv: list[str]) -> None:
     """Parse `argv` and run the server until it gets SIGTERM or SIGINT."""
     from vllm.entrypoints.cli.serve import ServeSubcommand
+    from vllm.logger import configure_logging_from_args
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     from em_sampler.stats.transport import ADDRESS_ENV, SOCKET_DIR_ENV, socket_dir
     from em_sampler.vllm_plugin.transform import REQUIRE_FUSED_ENV
-    from server.guards import GuardError, prepare
+    from server.guards import prepare
+    from server.model_files import StartError
 
     command = ServeSubcommand()
     parser = FlexibleArgumentParser(prog="em-serve", description=__doc__)  # type: ignore[no-untyped-call]
@@ -76,9 +78,10 @@ def serve(argv: list[str]) -> None:
     _check_args(serve_parser, args)
     _guard_with_keys(serve_parser, args)
     command.validate(args)
+    configure_logging_from_args(args)  # vLLM does so later: too late for what `prepare` says
     try:
         prepare(args)
-    except GuardError as error:
+    except StartError as error:
         serve_parser.error(str(error))
     if args.em_inf_statistics_address:
         os.environ[ADDRESS_ENV] = args.em_inf_statistics_address

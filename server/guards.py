@@ -11,31 +11,29 @@ from typing import Any
 
 from vllm.platforms import current_platform
 
+from server import cpu_defaults
+from server.model_files import StartError, read_model
+
 logger = logging.getLogger("vllm.em_inf")
 
-GIB = 2**30
 SEVERAL_SHUTDOWN_S = 5  # seconds; above server/drain.py's LAST_WORD_S, with time for the engine client
 SHARED_MEMORY = "/dev/shm"  # where vLLM's processes exchange messages
 SHARED_MEMORY_PER_ENGINE = 160 * 2**20  # bytes; measured: docs/findings/upstream.md
-
-
-class GuardError(ValueError):
-    """Arguments with which the server would not start, or would end at its first request."""
 
 
 def prepare(args: Namespace) -> None:
     """Change `args` and the environment so that no fault is met that can be avoided.
 
     Raises:
-        GuardError: if one would be met all the same.
+        StartError: if one would be met all the same.
     """
     args.root_path = (args.root_path or "").rstrip("/")  # "/" switches vLLM's own check of the key off
     _leave_time_to_cut_off(args)
     _check_shared_memory(args)
+    model = read_model(args.model_tag or args.model, args.revision, args.hf_token)
     if current_platform.is_cpu():
         _refuse_pipelines(args)
-        _check_memory(args)
-        _avoid_chunks(args)
+        cpu_defaults.choose(args, model)
         _avoid_compiler()
 
 
@@ -64,18 +62,6 @@ def _leave_time_to_cut_off(args: Namespace) -> None:
         args.shutdown_timeout = max(args.shutdown_timeout, SEVERAL_SHUTDOWN_S)
 
 
-def _avoid_chunks(args: Namespace) -> None:
-    """Turn chunked prefill off for the V1 runner, unless the user has chosen it, or a step that may need it.
-
-    vLLM then lets a step have as many tokens as the context, so that a model with a long one starts too.
-    """
-    if os.environ.get("VLLM_USE_V2_MODEL_RUNNER", "0") == "1":
-        return
-    if args.enable_chunked_prefill is None and args.max_num_batched_tokens is None:
-        args.enable_chunked_prefill = False
-        logger.info("Chunked prefill is off: on the CPU, vLLM's V1 runner cannot combine it with seeds")
-
-
 def _avoid_compiler() -> None:
     """Turn compilation off on a machine without a C++ compiler; --enforce-eager leaves code for logprobs to compile."""
     compiler = os.environ.get("CXX", "g++")
@@ -87,23 +73,7 @@ def _avoid_compiler() -> None:
 
 def _refuse_pipelines(args: Namespace) -> None:
     if args.pipeline_parallel_size > 1:
-        raise GuardError("--pipeline-parallel-size: must be 1 on the CPU, where the first request would end the engine")
-
-
-def _check_memory(args: Namespace) -> None:
-    """Check what vLLM checks in its worker, for the memory of the first node that this process may use."""
-    from vllm.utils.cpu_resource_utils import get_allowed_cpu_list, get_memory_node_info
-
-    if args.kv_cache_memory_bytes is not None or os.environ.get("VLLM_CPU_KVCACHE_SPACE"):
-        return
-    memory = get_memory_node_info(get_allowed_cpu_list()[0].numa_node)
-    wanted = memory.total_memory * args.gpu_memory_utilization
-    if wanted > memory.available_memory:
-        raise GuardError(
-            f"{memory.available_memory / GIB:.1f} GiB of memory are free, and vLLM would take {wanted / GIB:.1f} GiB "
-            f"(--gpu-memory-utilization {args.gpu_memory_utilization}): lower it, or set VLLM_CPU_KVCACHE_SPACE to the "
-            "GiB that the KV cache may have"
-        )
+        raise StartError("--pipeline-parallel-size: must be 1 on the CPU, where the first request would end the engine")
 
 
 def _check_shared_memory(args: Namespace) -> None:
@@ -112,7 +82,7 @@ def _check_shared_memory(args: Namespace) -> None:
     engines = args.data_parallel_size_local or args.data_parallel_size or 1
     free, needed = shutil.disk_usage(SHARED_MEMORY).free, engines * SHARED_MEMORY_PER_ENGINE
     if free < needed:
-        raise GuardError(
+        raise StartError(
             f"{SHARED_MEMORY} has {free / 2**20:.0f} MiB free; must be at least {needed / 2**20:.0f} MiB "
             "(in a container: --shm-size 1g)"
         )

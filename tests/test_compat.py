@@ -28,6 +28,7 @@ IMPORTING = PLUGIN | {
     surface.ERRORS,
     surface.ENGINE,
     surface.GUARDS,
+    surface.CPU_DEFAULTS,
 }
 NOT_SHIPPED = ("tests", "benchmarks", "harness")
 PACKAGES = sorted(init.parent.name for init in ROOT.glob("*/__init__.py") if init.parent.name not in NOT_SHIPPED)

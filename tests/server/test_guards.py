@@ -11,9 +11,11 @@ from vllm.sampling_params import SamplingParams
 
 from em_sampler.vllm_plugin.processor import EMInfLogitsProcessor
 from server import guards
-from server.guards import GIB, GuardError, prepare
+from server.cpu_defaults import GIB
+from server.guards import prepare
+from server.model_files import ModelFiles, StartError
 
-VARIABLES = ("TORCHDYNAMO_DISABLE", "VLLM_USE_AOT_COMPILE", "VLLM_USE_V2_MODEL_RUNNER", "CXX")
+VARIABLES = ("TORCHDYNAMO_DISABLE", "VLLM_USE_AOT_COMPILE", "CXX")
 
 
 @pytest.fixture(autouse=True)
@@ -22,7 +24,8 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> None:
     for variable in VARIABLES:
         monkeypatch.setenv(variable, "")  # so that it is put back afterwards
         monkeypatch.delenv(variable)
-    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+    monkeypatch.setattr(guards.cpu_defaults, "choose", lambda args, model: None)  # test_cpu_defaults.py
+    monkeypatch.setattr(guards, "read_model", lambda *model: ModelFiles())
     on_cpu(monkeypatch, True)
     shared_memory(monkeypatch, 10 * GIB)
     monkeypatch.setattr(guards.shutil, "which", lambda name: f"/usr/bin/{name}")
@@ -44,35 +47,14 @@ def prepared(**flags: Any) -> Namespace:
         "data_parallel_size_local": None,
         "pipeline_parallel_size": 1,
         "shutdown_timeout": 0,
-        "kv_cache_memory_bytes": None,
-        "gpu_memory_utilization": 0.9,
-        "enable_chunked_prefill": None,
-        "max_num_batched_tokens": None,
+        "model_tag": None,
+        "model": "demo",
+        "revision": None,
+        "hf_token": None,
     }
     args = Namespace(**defaults | flags)
     prepare(args)
     return args
-
-
-@pytest.mark.parametrize(
-    ("flags", "chunks"),
-    [
-        ({}, False),
-        ({"enable_chunked_prefill": True}, True),
-        ({"enable_chunked_prefill": False}, False),
-        ({"max_num_batched_tokens": 64}, None),
-    ],
-)
-def test_chunked_prefill_is_off_unless_it_is_asked_for(flags: dict[str, Any], chunks: bool | None) -> None:
-    assert prepared(**flags).enable_chunked_prefill is chunks
-
-
-def test_chunked_prefill_is_left_alone_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
-    assert prepared().enable_chunked_prefill is None
-    monkeypatch.delenv("VLLM_USE_V2_MODEL_RUNNER")
-    on_cpu(monkeypatch, False)
-    assert prepared(pipeline_parallel_size=2).enable_chunked_prefill is None
 
 
 def test_nothing_is_compiled_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -84,28 +66,14 @@ def test_nothing_is_compiled_without_a_compiler(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_pipeline_is_refused_on_the_cpu() -> None:
-    with pytest.raises(GuardError, match="--pipeline-parallel-size: must be 1 on the CPU"):
+    with pytest.raises(StartError, match="--pipeline-parallel-size: must be 1 on the CPU"):
         prepared(pipeline_parallel_size=2)
-
-
-def test_too_little_memory_is_told_before_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE")
-    node = SimpleNamespace(total_memory=20 * GIB, available_memory=15 * GIB)
-    monkeypatch.setattr("vllm.utils.cpu_resource_utils.get_memory_node_info", lambda node_id: node)
-    with pytest.raises(
-        GuardError, match=r"^15\.0 GiB of memory are free, and vLLM would take 18\.0 GiB .*KVCACHE_SPACE"
-    ):
-        prepared()
-    prepared(gpu_memory_utilization=0.5)
-    prepared(kv_cache_memory_bytes=GIB)
-    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "2")
-    prepared()
 
 
 def test_too_little_shared_memory_is_told_before_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
     shared_memory(monkeypatch, 200 * 2**20)
     prepared()
-    with pytest.raises(GuardError, match="has 200 MiB free; must be at least 320 MiB"):
+    with pytest.raises(StartError, match="has 200 MiB free; must be at least 320 MiB"):
         prepared(data_parallel_size=2)
     prepared(data_parallel_size=2, data_parallel_size_local=1)
 
