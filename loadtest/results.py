@@ -132,7 +132,7 @@ class Run(Part):
     """When, where and with which software the run was made."""
 
     started: str  # ISO 8601, UTC
-    seconds: float
+    seconds: float  # of the last sitting, if it was resumed
     base_url: str
     model: str
     machine: dict[str, str]

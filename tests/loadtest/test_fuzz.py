@@ -12,8 +12,9 @@ import yaml
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from loadtest.cli import json_line, line_of, main
+from loadtest.cli import main
 from loadtest.measurements import MeasuredQuestion, MeasuredRequest, Stage
+from loadtest.record_lines import json_line, line_of
 from loadtest.replies import StreamedReply, read_reply, set_status
 from loadtest.scenario import Scenario, ScenarioError, load
 from loadtest.stage_summary import summarize_stage
