@@ -5,17 +5,13 @@ Exit status: 0 success, 1 a run with too many errors or a regression, 2 wrong in
 
 import argparse
 import asyncio
-import json
 import os
 import sys
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import asdict
-from datetime import UTC, datetime
 from io import TextIOWrapper
 from pathlib import Path
-from typing import Any, TextIO
 
 from pydantic import ValidationError
 
@@ -23,19 +19,19 @@ from loadtest import environment, mock
 from loadtest.client import Client
 from loadtest.compare import compare
 from loadtest.inputs import one_line, parse_json, printable, shortened
-from loadtest.measurements import MeasuredQuestion, Stage
 from loadtest.progress import ProgressLines, ProgressTable
+from loadtest.records import GONE, Records, check_resumable, describe_run
 from loadtest.report import write_html
 from loadtest.results import Results, Run
 from loadtest.runner import Runner
 from loadtest.savings import savings
 from loadtest.scenario import Scenario, ScenarioError, Sweep, first_problem, load
 from loadtest.stage_summary import summarize_stage
-from loadtest.storage import read_json, without_nan, write_csv, write_json
+from loadtest.storage import read_json, write_csv, write_json
 from loadtest.summary import summarize
 from loadtest.tasks.registry import load_task
 
-JSONL, JSON, CSV, HTML = "requests.jsonl", "results.json", "stages.csv", "report.html"
+JSON, CSV, HTML = "results.json", "stages.csv", "report.html"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -56,7 +52,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ValueError as error:
         return _wrong(error)
     except KeyboardInterrupt:
-        print(f"em-loadtest: interrupted; {JSONL} has the stages that had ended", file=sys.stderr)
+        hint = "; the same command with --resume goes on from here" if options.run is _run else ""
+        print(f"em-loadtest: interrupted{hint}", file=sys.stderr)
         return 130
     return status
 
@@ -96,7 +93,13 @@ def _add_run(run: argparse.ArgumentParser) -> None:
     run.add_argument("--api-key", default=os.environ.get("OPENAI_API_KEY"), help="default: $OPENAI_API_KEY")
     run.add_argument("--out", type=Path, help="folder for the results; default: build/loadtest/NAME")
     run.add_argument("--server-flags", help="how the server was started, to be noted in the results")
-    run.set_defaults(run=_run)
+    existing = run.add_mutually_exclusive_group()
+    for name, says in (
+        ("resume", "go on with the run whose records are in the folder, and ask again what a lost server left out"),
+        ("restart", "begin anew, even if the folder has the records of an unfinished run"),
+    ):
+        existing.add_argument(f"--{name}", dest="existing", action="store_const", const=name, help=says)
+    run.set_defaults(run=_run, existing="refuse")
 
 
 def _add_roi(roi: argparse.ArgumentParser) -> None:
@@ -116,61 +119,22 @@ def _run(options: argparse.Namespace) -> int:
     scenario = load(options.scenario)
     folder = options.out or Path("build/loadtest", scenario.name)
     folder.mkdir(parents=True, exist_ok=True)
-    with StageWriter(folder / JSONL) as writer:
-        results = asyncio.run(_results(scenario, options, writer))
+    if options.existing == "resume":
+        check_resumable(scenario)
+    results, records = asyncio.run(_results(scenario, options, folder))
     _write(results, folder)
     print(f"report: {folder / HTML}")
     for problem in results.failed:
         print(f"em-loadtest: {one_line(problem)}", file=sys.stderr)
+    if results.failed and any(GONE & stage.errors.keys() for stage in results.stages):
+        print("em-loadtest: --resume asks the questions again for which the server was gone", file=sys.stderr)
+    else:
+        records.run_ended()
     return 1 if results.failed else 0
 
 
-class StageWriter:
-    """Writes requests.jsonl: a line for each question, as soon as its stage has ended. A context manager."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.file: TextIO
-
-    def __enter__(self) -> "StageWriter":
-        self.file = self.path.open("w")
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.file.close()
-
-    def write(self, stage: Stage) -> None:
-        """Append all questions of a stage."""
-        key = {"arm": stage.config, "load": stage.load, "repetition": stage.repetition}
-        self.file.writelines(json_line(key | line_of(question)) for question in stage.questions)
-        self.file.flush()
-
-
-def json_line(row: dict[str, Any]) -> str:
-    """Return a row as a line of JSON; numbers that JSON does not have, of a server's strategy, become text."""
-    try:
-        return json.dumps(row, allow_nan=False) + "\n"
-    except ValueError:
-        return json.dumps(without_nan(row), allow_nan=False) + "\n"
-
-
-def line_of(question: MeasuredQuestion) -> dict[str, Any]:
-    """Return a question as requests.jsonl has it; `reply` is the position of the call whose reply the user gets."""
-    calls = [asdict(request) for request in question.requests]
-    for call in calls:
-        del call["top_logprobs"]
-    return {
-        "index": question.index,
-        "scheduled": question.scheduled,
-        "calls": calls,
-        "reply": question.requests.index(question.reply) if question.reply else None,
-        "answer": question.answer,
-        "correct": question.correct,
-    }
-
-
-async def _results(scenario: Scenario, options: argparse.Namespace, writer: StageWriter) -> Results:
-    began, started = time.monotonic(), datetime.now(UTC)
+async def _results(scenario: Scenario, options: argparse.Namespace, folder: Path) -> tuple[Results, Records]:
+    began = time.monotonic()
     task = load_task(scenario.task)
     progress = (ProgressTable if sys.stdout.isatty() else ProgressLines)(
         lambda stage: summarize_stage(stage, scenario), _stage_count(scenario), sys.stdout
@@ -179,16 +143,17 @@ async def _results(scenario: Scenario, options: argparse.Namespace, writer: Stag
         async with Client(options.base_url, options.api_key, scenario.limits) as client:
             model = scenario.model or await _first_model(client)
             server = await environment.server(client, options.server_flags)
-            runner = Runner(scenario, model, task, client, progress, writer.write)
+            records = Records(folder, describe_run(scenario, model, task.questions), options.existing)
+            runner = Runner(scenario, model, task, client, progress, records)
             with progress if isinstance(progress, ProgressTable) else nullcontext():
                 stages = await runner.run()
     finally:
         task.close()
     stage_results, configs, comparisons, failed = summarize(stages, scenario)
-    return Results(
+    results = Results(
         name=scenario.name,
         run=Run(
-            started=started.isoformat(timespec="seconds"),
+            started=records.started,
             seconds=time.monotonic() - began,
             base_url=options.base_url,
             model=model,
@@ -204,6 +169,7 @@ async def _results(scenario: Scenario, options: argparse.Namespace, writer: Stag
         comparisons=comparisons,
         failed=failed,
     )
+    return results, records
 
 
 def _stage_count(scenario: Scenario) -> int | None:

@@ -1,8 +1,10 @@
 """What was measured: a `MeasuredRequest` per HTTP request, a `MeasuredQuestion` per question, a `Stage` per repetition.
 
-Times are seconds since the stage began, on one monotonic clock.
+Times are seconds since the part of the stage began, on one monotonic clock. A stage has parts if its run was resumed.
 """
 
+from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -42,6 +44,7 @@ class MeasuredQuestion:
     reply: MeasuredRequest | None = None  # the request whose reply the user gets; None if none is complete
     answer: str | None = None  # what was found in the reply
     correct: bool | None = None  # None if the task has no answers
+    part: int = 1  # of its stage, in which it was asked
 
     @property
     def status(self) -> Status:
@@ -70,7 +73,20 @@ class Stage:
     open_loop: bool
     repetition: int
     questions: list[MeasuredQuestion] = field(default_factory=list)
-    seconds: float = 0.0  # from the first question to the last answer, without the warm-up
+    seconds: float = 0.0  # from the first question to the last answer, without the warm-up; the sum over parts
     scheduling_delays: list[float] = field(default_factory=list)  # seconds by which the generator acted late
     counted_output_tokens: int | None = None  # by the server's own counter; None if it has none
     counted_prompt_tokens: int | None = None
+
+    @property
+    def parts(self) -> int:
+        """In how many parts its questions were asked: more than one if the run was broken off and resumed."""
+        return len({question.part for question in self.questions})
+
+
+def seconds_of(questions: Iterable[MeasuredQuestion]) -> float:
+    """Return the time from the first question to the last answer, summed over parts."""
+    parts: dict[int, list[MeasuredQuestion]] = defaultdict(list)
+    for question in questions:
+        parts[question.part].append(question)
+    return sum(max(one.ended for one in part) - min(one.scheduled for one in part) for part in parts.values())

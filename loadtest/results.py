@@ -81,9 +81,12 @@ class StageResult(Part):
     latency: Latency
     scheduling_delay_p99: float = Field(validation_alias="lag_p99", serialization_alias="lag_p99")
     accuracy: float | None  # over all questions asked: a failed one is not correct
+    tokens_per_question: float | None = None  # output tokens per question asked, of all branches; None without usage
+    cut_off: float | None = None  # share of complete replies, all voters' too, that ended at their longest length
     entropy_before: float | None  # mean per token
     entropy_after: float | None
     optimized_share: float | None  # of tokens
+    parts: int = 1  # above 1: the run was broken off in this stage, and resumed
     invalid: list[str]  # why its figures must not be used; empty for most stages
     warnings: list[str]  # such as a server whose usage differs from its counter
 
@@ -102,6 +105,8 @@ class ConfigResult(Part):
     delivered_tokens_per_second: Interval
     goodput: Interval | None
     accuracy: Interval | None  # 95 %, bootstrap over questions
+    tokens_per_question: float | None = None  # as in stages, over all repetitions; so is cut_off
+    cut_off: float | None = None
     tokens_per_correct: float | None  # output tokens
     seconds_per_correct: float | None  # of the server's time: 1 / correct_per_second
     cost_per_million_tokens: float | None  # output tokens; None without a price
@@ -132,7 +137,7 @@ class Run(Part):
     """When, where and with which software the run was made."""
 
     started: str  # ISO 8601, UTC
-    seconds: float
+    seconds: float  # of the last sitting, if it was resumed
     base_url: str
     model: str
     machine: dict[str, str]

@@ -11,7 +11,8 @@ from loadtest.calibrate import Calibration, find_temperature
 from loadtest.client import Client
 from loadtest.counters import counted_tokens
 from loadtest.load import run_load
-from loadtest.measurements import MeasuredQuestion, MeasuredRequest, Stage
+from loadtest.measurements import MeasuredQuestion, MeasuredRequest, Stage, seconds_of
+from loadtest.records import Records
 from loadtest.scenario import Closed, Config, Open, Scenario, ScenarioError, Sweep
 from loadtest.tasks.base import LoadedTask
 
@@ -36,16 +37,16 @@ class Runner:
         task: LoadedTask,
         client: Client,
         progress: Progress,
-        write_stage: Callable[[Stage], None],
+        records: Records,
     ) -> None:
-        """`write_stage` receives each stage as it ends, with its answers checked."""
+        """Check the seeds. `records` receives what is measured, and has what need not be measured again."""
         self.scenario = scenario
         self.model = model
         self.task = task
         self.client = client
         self.progress = progress
-        self.write_stage = write_stage
-        self.calibration: dict[str, Calibration] = {}
+        self.records = records
+        self.calibration: dict[str, Calibration] = dict(records.calibration)
         self._rng = random.Random(scenario.seed)
         self._warm_up_repetition = scenario.repetitions  # the one after the last: no measured request has its seeds
         scenario.check_seeds(len(task.questions))
@@ -53,8 +54,9 @@ class Runner:
     async def run(self) -> list[Stage]:
         """Run every config under every load; each repetition of a load has its configs in another random order."""
         for config in self.scenario.configs:
-            if config.match_entropy_of:
+            if config.match_entropy_of and config.name not in self.calibration:
                 await self._calibrate(config)
+                self.records.calibrated(config.name, self.calibration[config.name])
         stages: list[Stage] = []
         for load in self.scenario.loads:
             if isinstance(load, Sweep):
@@ -99,35 +101,42 @@ class Runner:
         rng = random.Random(f"{self.scenario.seed}/{load.label}/{repetition}")
         order = [question.index for question in self.task.questions]
         rng.shuffle(order)
-        await self._warm_up(config, load, order)
-        self.progress.stage_began(stage, len(order))
-        before = await self._server_counters()
-        await self._measure(stage, config, load, order, arrival_seed=rng.getrandbits(32))
-        after = await self._server_counters()
-        if before and after:
-            stage.counted_output_tokens = after[0] - before[0]
-            stage.counted_prompt_tokens = after[1] - before[1]
-        # Checked only now: during the load, checks would compete with it for the processor.
-        await asyncio.gather(*(self._check(question) for question in stage.questions))
-        self.write_stage(stage)
+        if self.records.recall(stage):
+            self.progress.stage_began(stage, len(order))
+        else:
+            asked = {question.index for question in stage.questions}
+            missing = [index for index in order if index not in asked]
+            if missing:
+                await self._warm_up(config, load, order)
+            self.progress.stage_began(stage, len(order))
+            await self._measure(stage, config, load, missing, arrival_seed=rng.getrandbits(32))
+            # Checked only now: during the load, checks would compete with it for the processor.
+            await asyncio.gather(*(self._check(question) for question in stage.questions))
+            self.records.stage_ended(stage)
         self.progress.stage_ended(stage)
         return stage
 
     async def _measure(
         self, stage: Stage, config: Config, load: Closed | Open, order: Sequence[int], arrival_seed: int
     ) -> None:
-        """Ask all questions under the load, and fill `stage`."""
+        """Ask the questions of `order` under the load, as a part of the stage, and fill `stage`."""
+        part = 1 + max((question.part for question in stage.questions), default=0)
+        before = await self._server_counters()
         began = time.monotonic()
 
         async def ask(index: int, due: float) -> MeasuredQuestion:
             question = await self._ask(config, index, due, began, stage.repetition)
+            question.part = part
             stage.questions.append(question)
+            self.records.question_ended(stage, question)
             return question
 
         stage.scheduling_delays = await run_load(load, order, ask, began, arrival_seed)
-        if stage.questions:
-            first = min(question.scheduled for question in stage.questions)
-            stage.seconds = max(question.ended for question in stage.questions) - first
+        after = await self._server_counters()
+        if before and after and part == 1:  # what the server counted in a part that broke off is not known
+            stage.counted_output_tokens = after[0] - before[0]
+            stage.counted_prompt_tokens = after[1] - before[1]
+        stage.seconds = seconds_of(stage.questions)
 
     async def _warm_up(self, config: Config, load: Closed | Open, order: Sequence[int]) -> None:
         """Send the same requests with other seeds, at most as many at a time as in the stage."""

@@ -29,6 +29,7 @@ def summarize_stage(stage: Stage, scenario: Scenario) -> StageResult:
         target_load=stage.target_load,
         open_loop=stage.open_loop,
         repetition=stage.repetition,
+        parts=max(1, stage.parts),
         seconds=stage.seconds,
         counted_output_tokens=stage.counted_output_tokens,
         latency=_latency(stage),
@@ -52,7 +53,9 @@ def _counts(stage: Stage) -> dict[str, Any]:
         "failed": states["failed"],
         "errors": dict(Counter(request.error.split(": ")[0] for request in requests if request.error)),
         "prompt_tokens": sum(request.prompt_tokens or 0 for request in requests),
-        "output_tokens": _output_tokens(stage),
+        "output_tokens": (tokens := _output_tokens(stage)),
+        "tokens_per_question": tokens / len(stage.questions) if tokens else None,
+        "cut_off": cut_off(requests),
         "accuracy": None if correct is None else correct / len(stage.questions),
     }
 
@@ -103,6 +106,12 @@ def is_correct(question: MeasuredQuestion) -> bool:
 def error_rate(stage: Stage) -> float:
     """Return the share of questions that were not answered."""
     return sum(question.status != "ok" for question in stage.questions) / len(stage.questions) if stage.questions else 0
+
+
+def cut_off(requests: Sequence[MeasuredRequest]) -> float | None:
+    """Return the share of complete replies that ended at `max_tokens` or the model's length; None if there are none."""
+    complete = _complete(requests)
+    return sum(request.finish_reason == "length" for request in complete) / len(complete) if complete else None
 
 
 def _complete(requests: Sequence[MeasuredRequest]) -> list[MeasuredRequest]:
@@ -234,6 +243,8 @@ def _warnings(stage: Stage, slo: Slo) -> Iterator[str]:
     requests = requests_of(stage)
     outputs = [request.output_tokens for request in requests]
     prompts = [request.prompt_tokens for request in requests]
+    if stage.parts > 1:
+        yield f"measured in {stage.parts} parts: rates and latencies are of the parts, scheduling delays of the last"
     yield from _usage_mismatch("output", outputs, stage.counted_output_tokens, requests)
     yield from _usage_mismatch("prompt", prompts, stage.counted_prompt_tokens, requests)
     if without := sum(request.output_tokens is None for request in _complete(requests)):

@@ -13,6 +13,7 @@ from loadtest.measurements import MeasuredRequest, Stage
 from loadtest.results import Comparison, ConfigResult, Interval, Latency, Percentiles, StageResult
 from loadtest.scenario import Limits, Scenario
 from loadtest.stage_summary import (
+    cut_off,
     error_rate,
     has_answers,
     is_correct,
@@ -106,6 +107,8 @@ def _config_result(repetitions: Repetitions, price_per_hour: float | None) -> Co
         delivered_tokens_per_second=median_and_range([result.delivered_tokens_per_second for result in results]),
         goodput=_range_of_known([result.goodput for result in results]),
         accuracy=accuracy_interval(outcomes),
+        tokens_per_question=_tokens_per_question(repetitions) or None,
+        cut_off=cut_off(requests),
         tokens_per_correct=tokens / correct if tokens and correct else None,
         seconds_per_correct=seconds / correct if correct else None,
         cost_per_million_tokens=price * seconds / tokens * 1e6 if price and tokens else None,

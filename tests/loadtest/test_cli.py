@@ -33,6 +33,7 @@ def test_a_run_writes_its_files_and_the_other_commands_read_them(tmp_path: Path,
         "report.html",
         "requests.jsonl",
         "results.json",
+        "run.jsonl",
         "stages.csv",
     ]
     printed = capsys.readouterr().out.splitlines()

@@ -12,8 +12,9 @@ import yaml
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from loadtest.cli import json_line, line_of, main
+from loadtest.cli import main
 from loadtest.measurements import MeasuredQuestion, MeasuredRequest, Stage
+from loadtest.record_lines import json_line, line_of, question_of
 from loadtest.replies import StreamedReply, read_reply, set_status
 from loadtest.scenario import Scenario, ScenarioError, load
 from loadtest.stage_summary import summarize_stage
@@ -260,9 +261,10 @@ def test_whole_replies_with_anything_in_them(body: bytes) -> None:
 
 
 def check_measured(measured: MeasuredRequest) -> None:
-    """Whatever was read can be written and summed up."""
+    """Whatever was read can be written, read back and summed up."""
     measured.last = 1.0
     set_status(measured)
     question = MeasuredQuestion(0, 0.0, [measured], reply=measured if measured.status == "ok" else None)
-    json.loads(json_line(line_of(question)), parse_constant=pytest.fail)
+    line = json_line(line_of(question))
+    assert json_line(line_of(question_of(json.loads(line, parse_constant=pytest.fail)))) == line
     summarize_stage(Stage("a", "closed 1", 1.0, False, 0, [question], seconds=1e-3), scenario())

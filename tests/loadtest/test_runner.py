@@ -1,8 +1,10 @@
 """Scenarios against the mock server: what is asked, in which order, and which reply wins a vote."""
 
 import asyncio
+import tempfile
 import time
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +13,7 @@ from answers.extract import Answer
 from loadtest import runner
 from loadtest.client import Client
 from loadtest.measurements import MeasuredRequest, Stage
+from loadtest.records import Records
 from loadtest.runner import Runner, answers_per_second, vote_winner
 from loadtest.tasks.registry import load_task
 from tests.loadtest import measured
@@ -30,10 +33,11 @@ def run(served: Served, **changes: Any) -> list[Stage]:
 
     async def run_all() -> list[Stage]:
         async with Client(served.url, None, chosen.limits) as client:
-            return await Runner(chosen, "mock", task, client, NoProgress(), lambda _: None).run()
+            return await Runner(chosen, "mock", task, client, NoProgress(), Records(Path(folder), {}, "refuse")).run()
 
     try:
-        return asyncio.run(run_all())
+        with tempfile.TemporaryDirectory() as folder:
+            return asyncio.run(run_all())
     finally:
         task.close()
 

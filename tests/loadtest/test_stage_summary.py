@@ -43,6 +43,17 @@ def mixed() -> Stage:
     )
 
 
+def test_replies_that_were_cut_off_are_counted_over_all_complete_requests():
+    """A client's vote counts with each of its requests, whichever wins; one that broke off does not."""
+    voters = [complete(finish_reason=reason) for reason in ("stop", "length", "length")]
+    lost = broken("incomplete", "stalled: 60 s", finish_reason="length")
+    result = summarize_stage(stage(question(*voters, lost), question(complete(finish_reason="stop"), index=1)), GOOD)
+    assert result.cut_off == pytest.approx(2 / 4)
+    assert result.tokens_per_question == pytest.approx(4 * 11 / 2)
+    nothing = summarize_stage(stage(question(broken("failed", "HTTP 500: no"))), GOOD)
+    assert (nothing.cut_off, nothing.tokens_per_question) == (None, None)
+
+
 def test_counts_and_rates_are_those_computed_by_hand():
     result = summarize_stage(mixed(), GOOD)
     assert (result.questions, result.ok, result.incomplete, result.failed) == (6, 3, 1, 2)

@@ -76,6 +76,18 @@ def test_what_a_right_answer_costs():
     assert (free.cost_per_correct, free.cost_per_million_tokens) == (None, None)
 
 
+def test_tokens_per_question_and_replies_cut_off_are_over_all_repetitions():
+    stages = [
+        stage(*answered(1, 10, tokens=20, finish_reason="length"), repetition=0),
+        stage(*answered(1, 30, tokens=40, finish_reason="stop"), repetition=1),
+    ]
+    (config,) = summarize(stages, GOOD)[1]
+    assert config.cut_off == pytest.approx(10 / 40)
+    assert config.tokens_per_question == pytest.approx((10 * 20 + 30 * 40) / 40)
+    (silent,) = summarize([stage(*answered(5, 10, output_tokens=None))], GOOD)[1]
+    assert silent.tokens_per_question is None
+
+
 def test_where_nothing_is_right_or_counted_there_is_no_price_per_piece():
     (wrong,) = summarize([stage(*answered(0, 10))], GOOD)[1]
     assert (wrong.tokens_per_correct, wrong.seconds_per_correct, wrong.cost_per_correct) == (None, None, None)
