@@ -54,7 +54,7 @@ def describe_run(scenario: Scenario, model: str, questions: Sequence[Question]) 
     """Describe what a run measures. Questions count by their content: a file may change, or move."""
     content = repr([(one.text, one.answer, one.max_tokens) for one in questions])
     return {
-        "scenario": scenario.model_dump(mode="json", by_alias=True),
+        "scenario": _dumped(scenario),
         "model": model,
         "questions_sha256": hashlib.sha256(content.encode(errors="backslashreplace")).hexdigest(),
     }
@@ -194,6 +194,8 @@ class Records:
         return ended
 
     def _check_same(self, earlier: dict[str, Any]) -> None:
+        scenario = Scenario.model_validate(earlier.get("scenario"))  # fields that are newer have their defaults
+        earlier = earlier | {"scenario": _dumped(scenario)}
         if (found := _first_difference(earlier, self._about, "")) is not None:
             place, before, now = found
             problem = f"{place}: got {shortened(now)}; the records have {shortened(before)}"
@@ -230,6 +232,10 @@ def _is_unfinished(folder: Path) -> bool:
 
 def _key(stage: Stage) -> StageKey:
     return stage.config, stage.load, stage.repetition
+
+
+def _dumped(scenario: Scenario) -> dict[str, Any]:
+    return scenario.model_dump(mode="json", by_alias=True)
 
 
 def _row(key: StageKey, question: MeasuredQuestion) -> dict[str, Any]:

@@ -253,9 +253,10 @@ def test_a_matched_temperature_is_found_once(tmp_path: Path, monkeypatch: pytest
 def test_a_stage_read_back_has_the_p99_of_its_scheduling_delays(tmp_path: Path) -> None:
     stage = Stage("a", "closed 4", 4.0, False, 0, scheduling_delays=[(i * 37 % 1001) / 7 for i in range(1001)])
     stage.questions = [MeasuredQuestion(0, 0.0, [MeasuredRequest(seed=1, last=1.0)])]
-    Records(tmp_path, {}, "refuse").stage_ended(stage)
+    about = describe_run(scenario(), "mock", [])
+    Records(tmp_path, about, "refuse").stage_ended(stage)
     back = Stage("a", "closed 4", 4.0, False, 0)
-    assert Records(tmp_path, {}, "resume").recall(back)
+    assert Records(tmp_path, about, "resume").recall(back)
     before, after = (summarize_stage(one, scenario()).scheduling_delay_p99 for one in (stage, back))
     assert after == pytest.approx(before) and before == pytest.approx(990 / 7)
 
@@ -298,6 +299,17 @@ def test_another_model_and_other_questions_in_the_same_file_are_refused(tmp_path
         Records(out, described(2, "other"), "resume")
     with pytest.raises(ScenarioError, match="questions_sha256: got "):
         Records(out, described(3, "m"), "resume")
+
+
+def test_records_of_a_version_whose_scenario_had_fewer_fields_can_be_resumed(tmp_path: Path) -> None:
+    with serve(tokens=1) as served:
+        run(served, tmp_path, kill_after=QUESTIONS + 3)
+        path = tmp_path / RUN
+        first, *others = path.read_text().splitlines()
+        row = json.loads(first)
+        del row["about"]["scenario"]["price_per_hour"], row["about"]["scenario"]["stream"]
+        path.write_text("\n".join([json.dumps(row), *others]) + "\n")
+        assert len(run(served, tmp_path, "resume")) == 4
 
 
 def test_loads_that_have_the_same_label_cannot_be_resumed() -> None:
