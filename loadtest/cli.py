@@ -20,7 +20,7 @@ from loadtest.client import Client
 from loadtest.compare import compare
 from loadtest.inputs import one_line, parse_json, printable, shortened
 from loadtest.progress import ProgressLines, ProgressTable
-from loadtest.records import GONE, Records, check_resumable, describe_run
+from loadtest.records import GONE, Records, check_resumable, describe_run, locked
 from loadtest.report import write_html
 from loadtest.results import Results, Run
 from loadtest.runner import Runner
@@ -121,8 +121,9 @@ def _run(options: argparse.Namespace) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     if options.existing == "resume":
         check_resumable(scenario)
-    results, records = asyncio.run(_results(scenario, options, folder))
-    _write(results, folder)
+    with locked(folder):
+        results, records = asyncio.run(_results(scenario, options, folder))
+        _write(results, folder)
     print(f"report: {folder / HTML}")
     for problem in results.failed:
         print(f"em-loadtest: {one_line(problem)}", file=sys.stderr)

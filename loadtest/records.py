@@ -3,10 +3,12 @@
 requests.jsonl has the questions of the stages that ended, unfinished.jsonl those of the others, and run.jsonl the rest.
 """
 
+import fcntl
 import hashlib
 import os
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import UTC, datetime
 from itertools import chain
@@ -52,7 +54,7 @@ def describe_run(scenario: Scenario, model: str, questions: Sequence[Question]) 
     """Describe what a run measures. Questions count by their content: a file may change, or move."""
     content = repr([(one.text, one.answer, one.max_tokens) for one in questions])
     return {
-        "scenario": scenario.model_dump(mode="json", by_alias=True),
+        "scenario": _dumped(scenario),
         "model": model,
         "questions_sha256": hashlib.sha256(content.encode(errors="backslashreplace")).hexdigest(),
     }
@@ -69,6 +71,27 @@ def check_resumable(scenario: Scenario) -> None:
 def is_gone(question: MeasuredQuestion) -> bool:
     """Return whether a question has a request that the server did not answer because it was gone."""
     return any(request.error and request.error.split(": ")[0] in GONE for request in question.requests)
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep other processes from writing records to a folder until the block ends, or this process.
+
+    Raises:
+        ScenarioError: if another process writes to it.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise ScenarioError(f"{folder}: another em-loadtest writes its records there; wait for it, or end it") from None
+    except OSError:
+        pass  # a file system without locks
+    try:
+        yield
+    finally:
+        os.close(descriptor)
 
 
 class Records:
@@ -111,24 +134,24 @@ class Records:
 
     def calibrated(self, config: str, found: Calibration) -> None:
         """Record a matched temperature."""
-        append(self.folder / RUN, iter([_calibration_row(config, found)]))
+        append(self.folder / RUN, [_calibration_row(config, found)])
 
     def question_ended(self, stage: Stage, question: MeasuredQuestion) -> None:
         """Record a question whose answer is not checked yet."""
-        append(self.folder / UNFINISHED, iter([_row(_key(stage), question)]))
+        append(self.folder / UNFINISHED, [_row(_key(stage), question)], durable=False)
 
     def stage_ended(self, stage: Stage) -> None:
         """Record a stage with its checked answers. Its line in run.jsonl comes last: without it, it has not ended."""
         key = _key(stage)
         append(self.folder / REQUESTS, (_row(key, question) for question in stage.questions))
-        append(self.folder / RUN, iter([{"stage": _ended(stage).model_dump()}]))
+        append(self.folder / RUN, [{"stage": _ended(stage).model_dump()}])
         self._begun.pop(key, None)
         if not self._begun:  # otherwise the lines stay; those of stages that have ended are not read
             os.truncate(self.folder / UNFINISHED, 0)
 
     def run_ended(self) -> None:
         """Record that nothing is left to be asked again."""
-        append(self.folder / RUN, iter([{"complete": True}]))
+        append(self.folder / RUN, [{"complete": True}])
         (self.folder / UNFINISHED).unlink()
 
     # ---- What earlier sittings left
@@ -171,6 +194,8 @@ class Records:
         return ended
 
     def _check_same(self, earlier: dict[str, Any]) -> None:
+        scenario = Scenario.model_validate(earlier.get("scenario"))  # fields that are newer have their defaults
+        earlier = earlier | {"scenario": _dumped(scenario)}
         if (found := _first_difference(earlier, self._about, "")) is not None:
             place, before, now = found
             problem = f"{place}: got {shortened(now)}; the records have {shortened(before)}"
@@ -207,6 +232,10 @@ def _is_unfinished(folder: Path) -> bool:
 
 def _key(stage: Stage) -> StageKey:
     return stage.config, stage.load, stage.repetition
+
+
+def _dumped(scenario: Scenario) -> dict[str, Any]:
+    return scenario.model_dump(mode="json", by_alias=True)
 
 
 def _row(key: StageKey, question: MeasuredQuestion) -> dict[str, Any]:

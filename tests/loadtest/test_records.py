@@ -20,7 +20,7 @@ from loadtest.calibrate import Calibration
 from loadtest.cli import main
 from loadtest.client import Client
 from loadtest.measurements import MeasuredQuestion, MeasuredRequest, Stage
-from loadtest.records import REQUESTS, RUN, UNFINISHED, Existing, Records, check_resumable, describe_run
+from loadtest.records import REQUESTS, RUN, UNFINISHED, Existing, Records, check_resumable, describe_run, locked
 from loadtest.runner import Runner
 from loadtest.scenario import ScenarioError
 from loadtest.stage_summary import summarize_stage
@@ -157,10 +157,10 @@ def test_a_run_killed_while_a_stage_is_recorded_gives_the_same_records(
         run(served, tmp_path / "whole")
         append, killed = records_module.append, tmp_path / "killed"
 
-        def dying_append(path: Path, rows: Any) -> None:
+        def dying_append(path: Path, *arguments: Any, **options: Any) -> None:
             if path == killed / file and file != UNFINISHED:
                 raise KilledError
-            append(path, rows)
+            append(path, *arguments, **options)
 
         def dying_truncate(*_: Any) -> None:
             raise KilledError
@@ -174,7 +174,7 @@ def test_a_run_killed_while_a_stage_is_recorded_gives_the_same_records(
 
 
 def test_a_process_that_is_killed_has_lost_nothing_that_had_ended(tmp_path: Path) -> None:
-    """The server kills it while it answers the last request but one of the second stage."""
+    """The server kills it when the last question but one of the second stage arrives."""
     out, path = tmp_path / "out", tmp_path / "s.yaml"
     path.write_text(json.dumps(scenario().model_dump(mode="json", by_alias=True)))
     processes: list[subprocess.Popen[bytes]] = []
@@ -183,17 +183,18 @@ def test_a_process_that_is_killed_has_lost_nothing_that_had_ended(tmp_path: Path
         assert main([*run_in[:3], str(tmp_path / "whole"), "--base-url", served.url]) == 0
 
         async def deadly(request: Request) -> Response:
-            if served.mock.requests == 2 * WARM_UP + 2 * QUESTIONS - 2:
+            if next(arrived) == 2 * WARM_UP + 2 * QUESTIONS - 1:
                 processes[0].kill()
             return await served.mock.chat(request)
 
         app = served.mock.app()
         app.router.routes[:0] = [Route("/v1/chat/completions", deadly, methods=["POST"])]
-        served.mock.requests = 0
+        arrived = itertools.count(1)
         with serve_app(app) as url:
             processes.append(subprocess.Popen([sys.executable, "-m", "loadtest.cli", *run_in, url]))
             assert processes[0].wait() == -9
-            assert len((out / UNFINISHED).read_text().splitlines()) >= QUESTIONS - 4  # as many are in flight
+            assert len(read(out)) == QUESTIONS
+            assert len((out / UNFINISHED).read_text().splitlines()) >= QUESTIONS - 1 - 4  # as many are in flight
         assert main([*run_in, served.url, "--resume"]) == 0
     assert read(out) == read(tmp_path / "whole")
     assert json.loads((out / RUN).read_text().splitlines()[-1]) == {"complete": True}
@@ -252,9 +253,10 @@ def test_a_matched_temperature_is_found_once(tmp_path: Path, monkeypatch: pytest
 def test_a_stage_read_back_has_the_p99_of_its_scheduling_delays(tmp_path: Path) -> None:
     stage = Stage("a", "closed 4", 4.0, False, 0, scheduling_delays=[(i * 37 % 1001) / 7 for i in range(1001)])
     stage.questions = [MeasuredQuestion(0, 0.0, [MeasuredRequest(seed=1, last=1.0)])]
-    Records(tmp_path, {}, "refuse").stage_ended(stage)
+    about = describe_run(scenario(), "mock", [])
+    Records(tmp_path, about, "refuse").stage_ended(stage)
     back = Stage("a", "closed 4", 4.0, False, 0)
-    assert Records(tmp_path, {}, "resume").recall(back)
+    assert Records(tmp_path, about, "resume").recall(back)
     before, after = (summarize_stage(one, scenario()).scheduling_delay_p99 for one in (stage, back))
     assert after == pytest.approx(before) and before == pytest.approx(990 / 7)
 
@@ -299,6 +301,17 @@ def test_another_model_and_other_questions_in_the_same_file_are_refused(tmp_path
         Records(out, described(3, "m"), "resume")
 
 
+def test_records_of_a_version_whose_scenario_had_fewer_fields_can_be_resumed(tmp_path: Path) -> None:
+    with serve(tokens=1) as served:
+        run(served, tmp_path, kill_after=QUESTIONS + 3)
+        path = tmp_path / RUN
+        first, *others = path.read_text().splitlines()
+        row = json.loads(first)
+        del row["about"]["scenario"]["price_per_hour"], row["about"]["scenario"]["stream"]
+        path.write_text("\n".join([json.dumps(row), *others]) + "\n")
+        assert len(run(served, tmp_path, "resume")) == 4
+
+
 def test_loads_that_have_the_same_label_cannot_be_resumed() -> None:
     check_resumable(scenario(loads=[{"type": "closed", "concurrency": 3}, {"type": "sweep", "most": 4}]))
     with pytest.raises(ScenarioError, match="loads: closed 4 is there 2 times"):
@@ -341,6 +354,28 @@ def test_records_of_an_unfinished_run_are_not_overwritten_unless_asked_to(tmp_pa
         assert main(command) == 0  # a run that ended is replaced
         assert main([*command, "--resume"]) == 0
     assert len(read(out)) == 4 * QUESTIONS
+
+
+def test_two_runs_cannot_write_to_the_same_folder(tmp_path: Path, capsys: Any) -> None:
+    path = tmp_path / "s.yaml"
+    path.write_text(json.dumps(scenario().model_dump(mode="json", by_alias=True)))
+    with locked(tmp_path):
+        assert main(["run", str(path), "--out", str(tmp_path), "--resume"]) == 2
+        assert "another em-loadtest writes its records there" in capsys.readouterr().err
+    with locked(tmp_path):
+        assert [one.name for one in tmp_path.iterdir()] == ["s.yaml"]
+
+
+def test_an_interrupt_says_how_to_go_on(tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    path = tmp_path / "s.yaml"
+    path.write_text(json.dumps(scenario().model_dump(mode="json", by_alias=True)))
+    monkeypatch.setattr(Records, "stage_ended", interrupted)
+    with serve(tokens=1) as served:
+        assert main(["run", str(path), "--out", str(tmp_path), "--base-url", served.url]) == 130
+    assert "--resume" in capsys.readouterr().err
 
 
 def test_a_run_whose_server_was_gone_is_unfinished(tmp_path: Path, capsys: Any) -> None:
