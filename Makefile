@@ -14,7 +14,7 @@ When it says "Application startup complete", from another terminal:
 endef
 export TRY
 
-.PHONY: help install serve test test-all bench bench-serving loadtest soak clients image sbom check format compat lock clean
+.PHONY: help install serve models test test-all bench bench-serving loadtest soak clients image sbom check format compat lock clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' Makefile
@@ -25,6 +25,9 @@ install: ## only make .venv; PYTHON=python3.12 and BUILD=cpu or BUILD=cuda choos
 serve: install ## start the server; MODEL=name-or-folder (default: the demo model), HOST, PORT, ARGS="more flags"
 	@echo "$$TRY"
 	.venv/bin/em-serve $(MODEL) --host $(HOST) --port $(PORT) $(ARGS)
+
+models: install ## fetch two real models (SmolLM2 135M, Qwen2.5-Coder 0.5B) into build/models, in two minutes; ARGS="one's name"
+	.venv/bin/python -m benchmarks.real_models $(ARGS)
 
 test: install ## run the tests that need no engine, and one engine start with the essential checks; ARGS="-k name" chooses some
 	@scripts/test-tools.sh

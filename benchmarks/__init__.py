@@ -9,6 +9,7 @@ benchmarks.loadtest                     em-loadtest's standard comparison on the
 benchmarks.loadtest.capacity            how much load em-loadtest can generate on one core
 benchmarks.loadtest.against_vllm_bench  em-loadtest beside `vllm bench serve`
 benchmarks.training                     EM-FT, EM-RL and a labelled baseline on the demo model
+benchmarks.real_models                  fetches two real language models (a module, not a folder)
 benchmarks.soak                         attacks on em-serve with the demo model, counted in a table
 benchmarks.soak.reproducers             faults that were found, each with the requests that show it
 benchmarks.training.entropy_loss        peak memory of the entropy loss

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import openai
 
 from harness import launch
@@ -140,3 +141,16 @@ def offline(requests: list[dict[str, Any]], runner: str, script: Path | None = N
         assert outbox.exists(), (done.stdout + done.stderr)[-4000:]
         answers: list[Any] = json.loads(outbox.read_text())
     return answers, done.stdout
+
+
+def full_logprobs(model: Path, prompts: list[list[int]], last: int) -> np.ndarray[Any, Any]:
+    """Return vLLM's log-probabilities of all words at the last tokens of `prompts`, [prompts * last, vocab]."""
+    with tempfile.TemporaryDirectory() as folder:
+        inbox, outbox = Path(folder, "in.json"), Path(folder, "out.npy")
+        inbox.write_text(json.dumps(prompts))
+        command = [sys.executable, str(HERE / "full_logprobs.py"), str(model), str(inbox), str(last), str(outbox)]
+        env = environment("v1", **ONE_PROCESS, EM_INF_HIDDEN="1")
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=START_LIMIT_S, check=False)
+        assert outbox.exists(), (done.stdout + done.stderr)[-4000:]
+        rows: np.ndarray[Any, Any] = np.load(outbox)
+    return rows
