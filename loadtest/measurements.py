@@ -42,6 +42,7 @@ class MeasuredQuestion:
     reply: MeasuredRequest | None = None  # the request whose reply the user gets; None if none is complete
     answer: str | None = None  # what was found in the reply
     correct: bool | None = None  # None if the task has no answers
+    problem: str | None = None  # why the reply is not correct, if its checker says so; begins with a short kind
 
     @property
     def status(self) -> Status:
