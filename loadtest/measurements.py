@@ -45,6 +45,7 @@ class MeasuredQuestion:
     answer: str | None = None  # what was found in the reply
     correct: bool | None = None  # None if the task has no answers
     part: int = 1  # of its stage, in which it was asked
+    problem: str | None = None  # why the reply is not correct, if its checker says so; begins with a short kind
 
     @property
     def status(self) -> Status:

@@ -39,6 +39,7 @@ def line_of(question: MeasuredQuestion) -> dict[str, Any]:
         "reply": question.requests.index(question.reply) if question.reply else None,
         "answer": question.answer,
         "correct": question.correct,
+        "problem": question.problem,
     }
 
 

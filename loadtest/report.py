@@ -79,6 +79,9 @@ def _sections(results: Results) -> Iterator[Section]:
     yield Section("stages", "Stages", note, ["config", *tables.STAGE_COLUMNS], tables.stage_rows(results))
     heading = ["error", "config", "load", "requests"]
     yield Section("errors", "Errors", "Requests, by kind of error.", heading, tables.error_rows(results))
+    heading = ["reason", "config", "load", "replies"]
+    note = "Replies that are not correct, by the kind of reason that the checker gives."
+    yield Section("problems", "Reasons", note, heading, tables.problem_rows(results))
     heading = ["config", "figure", "value"]
     yield Section("calibration", "Matched temperatures", "", heading, tables.calibration_rows(results))
     yield Section("run", "Run", "", ["property", "value"], list(tables.run_rows(results)))

@@ -69,6 +69,7 @@ class StageResult(Part):
     incomplete: int
     failed: int
     errors: dict[str, int]  # requests, by kind of error
+    problems: dict[str, int] = {}  # replies that are not correct, by the kind of reason that the checker gives
     requests_per_second: float  # complete HTTP requests
     output_tokens_per_second: float  # every generated token, by `usage`
     delivered_tokens_per_second: float  # tokens of the replies that users get (in a client's vote: of one voter)

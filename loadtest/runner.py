@@ -199,8 +199,9 @@ class Runner:
     async def _check(self, measured: MeasuredQuestion) -> None:
         question = self.task.questions[measured.index]
         if question.answer is not None:
-            text = measured.reply.text if measured.reply else None
-            measured.correct = text is not None and await self.task.check(question, text)
+            verdict = await self.task.check(question, measured.reply.text) if measured.reply else None
+            measured.correct = verdict is not None and verdict.correct
+            measured.problem = verdict.problem if verdict else None
 
     # ---- Matched temperatures
 

@@ -69,7 +69,7 @@ class FileTask(Part):
 class PresetTask(Part):
     """A known benchmark, from a file that the user provides."""
 
-    type: Literal["math500", "aime", "amc", "gsm8k", "scicode"]
+    type: Literal["math500", "minerva", "aime", "amc", "gsm8k", "humaneval", "mbpp", "scicode"]
     path: Path
     count: int | None = Field(default=None, ge=1)
     unsafe: Unsafe = False

@@ -52,6 +52,7 @@ def _counts(stage: Stage) -> dict[str, Any]:
         "incomplete": states["incomplete"],
         "failed": states["failed"],
         "errors": dict(Counter(request.error.split(": ")[0] for request in requests if request.error)),
+        "problems": dict(Counter(question.problem.split(": ")[0] for question in stage.questions if question.problem)),
         "prompt_tokens": sum(request.prompt_tokens or 0 for request in requests),
         "output_tokens": (tokens := _output_tokens(stage)),
         "tokens_per_question": tokens / len(stage.questions) if tokens else None,

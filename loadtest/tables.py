@@ -98,9 +98,18 @@ def stage_rows(results: Results) -> list[Row]:
 
 def error_rows(results: Results) -> list[Row]:
     """Return a row per kind of error, config and load, the most frequent first."""
+    return _counted(results, lambda stage: stage.errors)
+
+
+def problem_rows(results: Results) -> list[Row]:
+    """Return a row per reason why replies are not correct, config and load, the most frequent first."""
+    return _counted(results, lambda stage: stage.problems)
+
+
+def _counted(results: Results, kinds: Callable[[StageResult], Mapping[str, int]]) -> list[Row]:
     counts: Counter[tuple[str, str, str]] = Counter()
     for stage in results.stages:
-        counts.update({(kind, stage.config, stage.load): count for kind, count in stage.errors.items()})
+        counts.update({(kind, stage.config, stage.load): count for kind, count in kinds(stage).items()})
     return [Row([*names, f"{count:,}"]) for names, count in counts.most_common()]
 
 

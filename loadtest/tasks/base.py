@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from loadtest.tasks.text_checkers import TextChecker
+from loadtest.tasks.text_checkers import TextChecker, Verdict
 
 
 @dataclass(frozen=True)
@@ -27,8 +27,8 @@ class LoadedTask:
         """Return the answer in a reply, in its normal form: equal answers give equal strings."""
         return self.checker.find(reply) if self.checker else None
 
-    async def check(self, question: Question, reply: str) -> bool | None:
-        """Return whether a reply is correct; None if the task has no answers."""
+    async def check(self, question: Question, reply: str) -> Verdict | None:
+        """Return whether a reply is correct, and why not; None if the task has no answers."""
         if self.checker is None or question.answer is None:
             return None
         return await self.checker.check(question.answer, reply)

@@ -18,22 +18,27 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from answers.extract import after_thinking
+from loadtest.inputs import one_line
 from loadtest.scenario import ScenarioError
 from loadtest.tasks import sandbox
-from loadtest.tasks.text_checkers import TEXT, TextChecker
+from loadtest.tasks.text_checkers import TEXT, TextChecker, Verdict
 
 TIMEOUT_S = 20.0  # wall-clock time for a reply's code with its tests
 START_TIMEOUT_S = 120.0  # for empty code, to find out whether this machine can run any
 LIMITS = sandbox.Limits(cpu_s=10, memory_bytes=2 << 30, file_bytes=16 << 20)
 MAX_CONCURRENT = 2  # replies whose code runs at a time
+MAX_PROBLEM = 200  # characters of a reason
+NO_CODE = "no code in the reply"
+NO_REASON = "ended before its tests did"
 
 PR_SET_DUMPABLE = 4  # <sys/prctl.h>
 
 _BLOCK = re.compile(r"^```[ \t]*(\w*)[^\n]*\n(.*?)(?:^```|\Z)", re.MULTILINE | re.DOTALL)
+_DEFINITION = re.compile(r"^[ \t]*(?:async[ \t]+)?(?:def|class)[ \t]", re.MULTILINE)
 
 
 class CodeChecker(TextChecker):
-    """Runs the last code block of a reply, then the unit tests that are its answer, in one process with limits.
+    """Runs a code block of a reply, then the unit tests that are its answer, in one process with limits.
 
     In namespaces, if the kernel allows: then it sees and reaches nothing of ours. Code can cheat in any case, because
     it runs in the process of its tests.
@@ -51,7 +56,7 @@ class CodeChecker(TextChecker):
         """
         super().__init__(TEXT)
         self.timeout_s = timeout_s
-        self.namespaces = _passes("", "", START_TIMEOUT_S, namespaces=True)
+        self.namespaces = _run("", "", START_TIMEOUT_S, namespaces=True).correct
         if not self.namespaces:
             self._do_without_namespaces(unsafe)
         self._threads = ThreadPoolExecutor(max_workers=MAX_CONCURRENT)
@@ -65,7 +70,7 @@ class CodeChecker(TextChecker):
         print("em-loadtest: code runs without namespaces: it can do what this user can", file=sys.stderr)
         # No process of this user can then read our environment, with the API key, in /proc.
         ctypes.CDLL(None).prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)
-        if not _passes("", "", START_TIMEOUT_S, namespaces=False):
+        if not _run("", "", START_TIMEOUT_S, namespaces=False).correct:
             raise ScenarioError("task.checker: python cannot run code with limits on this machine")
 
     def normalize(self, given: str) -> str | None:
@@ -78,19 +83,28 @@ class CodeChecker(TextChecker):
         return given
 
     def find(self, reply: str) -> str | None:
-        """Return the last block marked as Python, else the last unmarked block, else the reply."""
+        """Return a block marked as Python, else an unmarked one, else the reply.
+
+        Of several it is the last that defines something, or the last: examples of use often follow a function.
+        """
         answer = after_thinking(reply)
         blocks = [(language.lower(), code) for language, code in _BLOCK.findall(answer)]
         python = [code for language, code in blocks if language in ("python", "python3", "py")]
         unmarked = [code for language, code in blocks if not language]
-        return (python or unmarked or [answer])[-1] or None
+        found = python or unmarked or [answer]
+        code = ([one for one in found if _DEFINITION.search(one)] or found)[-1]
+        return code if code.strip() else None
 
-    async def check(self, expected: str, reply: str) -> bool:
-        """Return whether the code of a reply, and then the tests, run to their end."""
+    def files(self, code: str, expected: str) -> tuple[str, str]:
+        """Return the program to run for a reply's code, and its unit tests."""
+        return code, expected
+
+    async def check(self, expected: str, reply: str) -> Verdict:
+        """Return whether the code of a reply, and then the tests, run to their end; and why not, in one line."""
         code = self.find(reply)
         if code is None:
-            return False
-        run = partial(_passes, code, expected, self.timeout_s, self.namespaces)
+            return Verdict(False, NO_CODE)
+        run = partial(_run, *self.files(code, expected), self.timeout_s, self.namespaces)
         return await asyncio.get_running_loop().run_in_executor(self._threads, run)
 
     def close(self) -> None:
@@ -98,20 +112,29 @@ class CodeChecker(TextChecker):
         self._threads.shutdown(cancel_futures=True)
 
 
-def _passes(code: str, tests: str, timeout_s: float, namespaces: bool) -> bool:
-    """Return whether code and tests ran to their end: only then the child sends back a token that it received.
+def _run(program: str, tests: str, timeout_s: float, namespaces: bool) -> Verdict:
+    """Run a program and its tests. It is correct if they ran to their end: then alone a child sends back a token.
 
     The exit status would not show it: `sys.exit(0)` before the tests has the same.
     """
-    token = secrets.token_bytes(32)
+    token = secrets.token_bytes(sandbox.TOKEN_BYTES)
     parent_end, child_end = socket.socketpair()
     with TemporaryDirectory(prefix="em-loadtest-", ignore_cleanup_errors=True) as folder, parent_end, child_end:
-        for name, content in (("solution.py", code), ("tests.py", tests)):
+        for name, content in ((sandbox.SOLUTION, program), (sandbox.TESTS, tests)):
             Path(folder, name).write_bytes(content.encode(errors="replace"))
         parent_end.sendall(token)
-        sandbox.run(os.path.realpath(folder), child_end.fileno(), LIMITS, timeout_s, namespaces=namespaces)
+        channel = child_end.fileno()
+        killed = sandbox.run(os.path.realpath(folder), channel, LIMITS, timeout_s, namespaces=namespaces)
         parent_end.setblocking(False)
         try:
-            return parent_end.recv(len(token)) == token
+            sent = parent_end.recv(sandbox.TOKEN_BYTES + sandbox.MAX_REASON_BYTES)
         except OSError:  # nothing was sent, or the child never read the token
-            return False
+            sent = b""
+    if sent.startswith(token):
+        return Verdict(True)
+    return Verdict(False, killed or _shown(sent) or NO_REASON)
+
+
+def _shown(reason: bytes) -> str:
+    """Return a stranger's text as one short line without control characters."""
+    return one_line(reason.decode(errors="replace"))[:MAX_PROBLEM]

@@ -15,6 +15,7 @@ from loadtest.scenario import FileTask, PresetTask, ScenarioError
 from loadtest.tasks.base import LoadedTask, Question
 from loadtest.tasks.checkers import build_checker
 from loadtest.tasks.presets import QUESTION, FileFormat
+from loadtest.tasks.rows import Row
 from loadtest.tasks.text_checkers import TextChecker
 
 
@@ -80,40 +81,16 @@ def _parsed(text: str, place: str) -> Any:
 
 
 def _question(
-    index: int, place: str, row: Any, file_format: FileFormat, pattern: re.Pattern[str], checker: TextChecker
+    index: int, place: str, fields: Any, file_format: FileFormat, pattern: re.Pattern[str], checker: TextChecker
 ) -> Question:
-    if not isinstance(row, dict):
-        raise ScenarioError(f"{place}: got {shortened(row)}; must be a JSON object")
-    question_field = _field(row, file_format.question, place)
-    answer_field = _field(row, file_format.answer, place)
-    text = _text(row[question_field], f"{place}: {question_field}")
-    given = _text(row[answer_field], f"{place}: {answer_field}")
+    if not isinstance(fields, dict):
+        raise ScenarioError(f"{place}: got {shortened(fields)}; must be a JSON object")
+    row = Row(place, fields)
+    _, text = file_format.question(row)
+    answer_field, given = file_format.answer(row)
     found = pattern.search(given)
     answer = checker.normalize(found[1 if pattern.groups else 0] or "") if found else None
     if answer is None:
         no_match = f"nothing matches {file_format.pattern!r}"
-        problem = f"is no answer for the checker {file_format.checker}" if found else no_match
-        raise ScenarioError(f"{place}: {answer_field}: got {shortened(given)}; {problem}")
+        raise row.error(answer_field, f"is no answer for the checker {file_format.checker}" if found else no_match)
     return Question(index, file_format.prompt.replace(QUESTION, text), answer)
-
-
-def _field(row: dict[str, Any], names: tuple[str, ...], place: str) -> str:
-    for name in names:
-        if name in row:
-            return name
-    raise ScenarioError(f"{place}: has no field {' or '.join(names)}; has {', '.join(row) or 'none'}")
-
-
-def _text(value: object, place: str) -> str:
-    """Return text or a number as text; joins a list of lines, as unit tests may be written."""
-    if isinstance(value, list) and value and all(isinstance(line, str) for line in value):
-        value = "\n".join(value)
-    if isinstance(value, bool) or not isinstance(value, str | int | float):
-        raise ScenarioError(f"{place}: got {shortened(value)}; must be text or a number")
-    if not str(value).strip():
-        raise ScenarioError(f"{place}: is empty")
-    try:
-        str(value).encode()
-    except UnicodeEncodeError:
-        raise ScenarioError(f"{place}: got {shortened(value)}; has half of a surrogate pair") from None
-    return str(value)

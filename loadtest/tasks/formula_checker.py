@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
 from loadtest.scenario import ScenarioError
-from loadtest.tasks.text_checkers import BOXED, TextChecker
+from loadtest.tasks.text_checkers import BOXED, TextChecker, Verdict
 
 COMPARISON_TIMEOUT_S = 10.0
 START_TIMEOUT_S = 120.0  # for a process to start, on a machine under load
@@ -39,14 +39,15 @@ class FormulaChecker(TextChecker):
         """Return the content of the box; text without a box, all of it."""
         return BOXED.extract(given if "\\boxed{" in given else f"\\boxed{{{given}}}")
 
-    async def check(self, expected: str, reply: str) -> bool:
+    async def check(self, expected: str, reply: str) -> Verdict:
         """Return whether both are the same number, text or formula."""
         found = self.find(reply)
         if found is None or found == expected or len(found) > MAX_FORMULA:
-            return found == expected
+            return Verdict(found == expected)
         if _INTEGER.fullmatch(found) and _INTEGER.fullmatch(expected):
-            return False
-        return await asyncio.get_running_loop().run_in_executor(self._thread, self._are_equal, expected, found)
+            return Verdict(False)
+        run = asyncio.get_running_loop().run_in_executor
+        return Verdict(await run(self._thread, self._are_equal, expected, found))
 
     def close(self) -> None:
         """End the worker."""

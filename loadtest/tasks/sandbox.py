@@ -16,6 +16,10 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+SOLUTION, TESTS = "solution.py", "tests.py"  # the files that are run
+TOKEN_BYTES = 32
+MAX_REASON_BYTES = 800  # of what the code failed with
+CPU_TIME, SIGNAL = 64, 128  # exit status of the launcher: processor time is used up; a signal, added to it
 NOBODY = 65534
 ROOT_BYTES = 64 << 20  # of all files that the code can write together: they are in memory
 VISIBLE = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32", "/etc/ld.so.cache", "/etc/localtime")
@@ -41,15 +45,18 @@ class Limits:
     processes: int = 256
 
 
-def run(folder: str, channel: int, limits: Limits, timeout_s: float, namespaces: bool) -> None:
+def run(folder: str, channel: int, limits: Limits, timeout_s: float, namespaces: bool) -> str | None:
     """Run `solution.py` and then `tests.py` of a folder until they end or their time is up.
 
     Args:
         folder: absolute. In namespaces the code works on a copy of it.
-        channel: a descriptor with 32 bytes to read, which come back after the tests.
+        channel: a descriptor with 32 bytes to read, a token. It comes back after the tests; or else the code's error.
         limits: of each process.
         timeout_s: after it all processes are killed.
         namespaces: whether to enter namespaces; without them the code sees what its user sees.
+
+    Returns:
+        Why the code was killed, or not started; None if it ended. The code cannot choose it but by killing itself.
     """
     arguments = {"folder": folder, "channel": channel, "limits": asdict(limits), "namespaces": namespaces}
     one_thread = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
@@ -64,22 +71,34 @@ def run(folder: str, channel: int, limits: Limits, timeout_s: float, namespaces:
         pass_fds=[channel],
         start_new_session=True,
     )
+    killed = None
     try:
         launcher.wait(timeout_s)
     except subprocess.TimeoutExpired:
+        killed = f"took more than {timeout_s:g} s"
         launcher.terminate()  # it kills what is left, and ends
         with suppress(subprocess.TimeoutExpired):
             launcher.wait(timeout_s)
     with suppress(ProcessLookupError, PermissionError):
         os.killpg(launcher.pid, signal.SIGKILL)
-    launcher.wait()
+    return killed or _reason_killed(launcher.wait(), limits)
+
+
+def _reason_killed(status: int, limits: Limits) -> str | None:
+    """Return what a launcher's exit status says about the code."""
+    if status == CPU_TIME:
+        return f"took more than {limits.cpu_s} s of processor time"
+    if status > SIGNAL or status < 0:
+        number = status - SIGNAL if status > 0 else -status
+        return f"killed by signal {number} ({signal.strsignal(number)})"
+    return f"was not started: status {status}" if status else None
 
 
 # ---- The launcher
 
 
-def main() -> None:
-    """Run the code, and end when it and all its processes have ended."""
+def main() -> int:
+    """Run the code, and end when it and all its processes have ended; returns the exit status."""
     arguments = json.loads(sys.argv[1])
     folder, channel, limits = arguments["folder"], arguments["channel"], Limits(**arguments["limits"])
     os.set_inheritable(channel, False)
@@ -90,17 +109,30 @@ def main() -> None:
             _init(folder, channel, limits)
         signal.signal(signal.SIGTERM, lambda *_: os.kill(init, signal.SIGKILL))
         os.close(channel)
-        os.waitpid(init, 0)
-        return
+        status = os.waitstatus_to_exitcode(os.waitpid(init, 0)[1])
+        return status if status >= 0 else SIGNAL - status
     _prctl(PR_SET_CHILD_SUBREAPER, 1)  # what loses its parent becomes the launcher's child
     runner = os.fork()
     if runner == 0:
         _run_code(channel, limits)
     signal.signal(signal.SIGTERM, lambda *_: _kill_children())
     os.close(channel)
+    status = 0
     with suppress(ChildProcessError):  # the signal's function has waited for it
-        os.waitpid(runner, 0)
+        status = _exit_status(os.wait4(runner, 0), limits)
     _kill_children()
+    return status
+
+
+def _exit_status(ended: tuple[int, int, resource.struct_rusage], limits: Limits) -> int:
+    """Return the launcher's exit status for the end of the code's process, as `os.wait4` tells it."""
+    _, status, usage = ended
+    number = -os.waitstatus_to_exitcode(status)
+    if number <= 0:
+        return 0
+    if number == signal.SIGKILL and round(usage.ru_utime + usage.ru_stime) >= limits.cpu_s:
+        return CPU_TIME
+    return SIGNAL + number
 
 
 def _kill_children() -> None:
@@ -161,9 +193,9 @@ def _init(folder: str, channel: int, limits: Limits) -> None:
             _drop_rights()
             _run_code(channel, limits)
         os.close(channel)
-        while os.wait()[0] != child:  # it also waits for processes that lost their parent
+        while (ended := os.wait4(-1, 0))[0] != child:  # it also waits for processes that lost their parent
             pass
-        status = 0
+        status = _exit_status(ended, limits)
     finally:
         os._exit(status)
 
@@ -171,7 +203,7 @@ def _init(folder: str, channel: int, limits: Limits) -> None:
 def _build_root(folder: str) -> None:
     """Make a root folder in memory, of what Python needs to run, read-only, and a copy of `folder`; and move there."""
     _mount("none", "/", None, MS_REC | MS_PRIVATE)
-    files = {name: Path(folder, name).read_bytes() for name in ("solution.py", "tests.py")}
+    files = {name: Path(folder, name).read_bytes() for name in (SOLUTION, TESTS)}
     root = Path(folder, "root")
     root.mkdir()
     _mount("tmpfs", str(root), "tmpfs", MS_NOSUID | MS_NODEV, f"size={ROOT_BYTES},nr_inodes=10000,mode=755")
@@ -248,16 +280,34 @@ def _checked(result: int, what: str) -> None:
 
 def _run_code(channel: int, limits: Limits) -> None:
     """Set limits, run the code and its tests, and only then send back the token. Does not return."""
+    runner = os.getpid()
     try:
-        token = os.read(channel, 32)  # before the code runs: it cannot read it from the descriptor
+        token = os.read(channel, TOKEN_BYTES)  # before the code runs: it cannot read it from the descriptor
         _set_limits(limits)
-        sys.argv = ["solution.py"]
+        sys.argv = [SOLUTION]
         module = sys.modules["solution"] = types.ModuleType("solution")  # not __main__: skip what only scripts run
-        for code in [compile(Path(name).read_bytes(), name, "exec") for name in ("solution.py", "tests.py")]:
+        for code in [compile(Path(name).read_bytes(), name, "exec") for name in (SOLUTION, TESTS)]:
             exec(code, vars(module))
         os.write(channel, token)
+    except BaseException as error:
+        if os.getpid() == runner:  # a process that the code made must not send it before the token
+            os.write(channel, _reason(error).encode(errors="replace")[:MAX_REASON_BYTES])
     finally:
         os._exit(0)  # do not wait for threads that the code started
+
+
+def _reason(error: BaseException) -> str:
+    """Return the kind of an error with the last line of the code or its tests that it went through, and its message."""
+    file, line, message = None, None, str(error)
+    if isinstance(error, SyntaxError):
+        file, line, message = error.filename, error.lineno, error.msg
+    step = error.__traceback__
+    while step:
+        if step.tb_frame.f_code.co_filename in (SOLUTION, TESTS):
+            file, line = step.tb_frame.f_code.co_filename, step.tb_lineno
+        step = step.tb_next
+    place = f" in {file}: line {line}" if file else ""
+    return f"{type(error).__name__}{place}{(', ' if place else ': ') + message if message else ''}"
 
 
 def _set_limits(limits: Limits) -> None:
@@ -277,4 +327,4 @@ def _set_limits(limits: Limits) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,6 +1,7 @@
 """Checkers that compare text and numbers: no process, no computer algebra."""
 
 import re
+from dataclasses import dataclass
 
 from answers.extract import Answer
 from answers.numbers import find_numbers
@@ -8,6 +9,14 @@ from answers.numbers import find_numbers
 TEXT, BOXED, LAST_NUMBER = Answer(type="text"), Answer(type="boxed"), Answer(type="last_number")
 
 _VALUE = re.compile(r"-?\d+(?:\.\d+|/\d+)?(?:e-?\d+)?")  # how Answer writes a number
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether a reply is correct."""
+
+    correct: bool
+    problem: str | None = None  # why it is not, if there is more to say; its kind, or "KIND: more"
 
 
 class TextChecker:
@@ -24,9 +33,9 @@ class TextChecker:
         """Return the answer in a reply, in its normal form; None without one."""
         return self.answer.extract(reply)
 
-    async def check(self, expected: str, reply: str) -> bool:
+    async def check(self, expected: str, reply: str) -> Verdict:
         """Return whether a reply has the expected answer."""
-        return self.find(reply) == expected
+        return Verdict(self.find(reply) == expected)
 
     def close(self) -> None:
         """End the checker's processes, if it has any."""

@@ -55,6 +55,25 @@ def test_a_run_writes_its_files_and_the_other_commands_read_them(tmp_path: Path,
     assert main([*roi[:-1], "0"]) == 2
 
 
+def test_why_replies_are_wrong_is_in_every_file(tmp_path: Path) -> None:
+    row = {"prompt": "Write f.", "test_list": ["assert f(1) == 2"]}
+    (tmp_path / "mbpp.jsonl").write_text(json.dumps(row) + "\n")
+    task = {"type": "mbpp", "path": str(tmp_path / "mbpp.jsonl"), "unsafe": True}
+    with serve(tokens=4) as served:
+        path = write(tmp_path, task=task, arms={"a": {}}, repetitions=1, warmup=0)
+        assert main(["run", str(path), "--base-url", served.url, "--out", str(tmp_path)]) == 0
+    (line,) = (tmp_path / "requests.jsonl").read_text().splitlines()
+    assert json.loads(line)["correct"] is False
+    assert json.loads(line)["problem"].startswith("SyntaxError in solution.py: line 1, ")
+    (stage,) = json.loads((tmp_path / "results.json").read_text())["stages"]
+    assert stage["problems"] == {"SyntaxError in solution.py": 1}
+    assert '"SyntaxError in solution.py"": 1' in (tmp_path / "stages.csv").read_text()
+    assert (
+        "<td>SyntaxError in solution.py</td><td>a</td><td>closed 4</td><td>1</td>"
+        in (tmp_path / "report.html").read_text()
+    )
+
+
 @pytest.mark.parametrize(
     ("script", "changes", "kind"),
     [

@@ -73,6 +73,7 @@ def test_names_are_escaped(tmp_path):
         bad, config("_b $\\frac$", 6.0, 0.6), config(HOSTILE, 2.0, 0.5, load="closed 1"), name=HOSTILE, failed=[HOSTILE]
     )
     of.stages[0].errors[HOSTILE] = 2
+    of.stages[0].problems[HOSTILE] = 2
     of.stages[0].warnings.append(HOSTILE)
     of.run.server[HOSTILE] = {HOSTILE: HOSTILE}
     of.scenario[HOSTILE] = HOSTILE

@@ -16,6 +16,14 @@ def single(value: float) -> Percentiles:
 # ---- One stage
 
 
+def test_reasons_are_counted_by_kind():
+    wrong = answered(correct=1, asked=5)
+    problems = ["NameError in tests.py: line 3", "no code", "NameError in tests.py"]
+    for one, problem in zip(wrong[1:4], problems, strict=True):
+        one.problem = problem
+    assert summarize_stage(stage(*wrong), GOOD).problems == {"NameError in tests.py": 2, "no code": 1}
+
+
 def mixed() -> Stage:
     """Return a question of each kind: correct and fast, wrong and slow, stalled, refused twice, and a vote of three."""
     em_inf = {"tokens": 30, "optimized_tokens": 6, "missing": 0, "entropy_before": 1.0, "entropy_after": 0.5}

@@ -35,6 +35,7 @@ def check(task: LoadedTask, *replies: str) -> list[bool | None]:
     """Return whether each reply answers the first question."""
 
     async def check_all() -> list[bool | None]:
-        return list(await asyncio.gather(*(task.check(task.questions[0], reply) for reply in replies)))
+        verdicts = await asyncio.gather(*(task.check(task.questions[0], reply) for reply in replies))
+        return [verdict.correct if verdict else None for verdict in verdicts]
 
     return asyncio.run(check_all())

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ from pydantic import TypeAdapter
 from loadtest.scenario import ScenarioError, Task
 from loadtest.tasks import code_checker, sandbox
 from loadtest.tasks.code_checker import CodeChecker
-from tests.loadtest.tasks.checking import check
+from loadtest.tasks.text_checkers import Verdict
+from tests.loadtest.tasks.checking import check, verdicts
 
 TESTS = "assert double(4) == 8"
 PR_GET_DUMPABLE = 3  # <sys/prctl.h>
@@ -96,6 +98,80 @@ def test_code_that_does_not_end_is_killed(hurried: CodeChecker, code: str) -> No
     began = time.monotonic()
     assert check(hurried, TESTS, CORRECT + code) == [False]
     assert time.monotonic() - began < 30
+
+
+def test_the_block_that_defines_something_is_run_though_an_example_follows(python: CodeChecker) -> None:
+    reply = f"```python\n{CORRECT}```\nUse it:\n```python\nprint(triple(4))\n```"
+    assert python.find(reply) == CORRECT
+    assert python.find("```python\nx = 1\n```\n```python\nx = 2\n```") == "x = 2\n"
+
+
+# ---- Why code is wrong
+
+
+@pytest.mark.parametrize(
+    ("code", "problem"),
+    [
+        ("def double(x):\n    return x", "AssertionError in tests.py: line 1"),
+        ("def double(x):\n    return y", "NameError in solution.py: line 2, name 'y' is not defined"),
+        ("def double(x): return 2 * x)", "SyntaxError in solution.py: line 1, unmatched ')'"),
+        ("def double(x):\nreturn x", "IndentationError in solution.py: line 2, expected an indented block after"),
+        ("", "no code in the reply"),
+        (" ", "no code in the reply"),
+        ("raise SystemExit", "SystemExit in solution.py: line 1"),
+        ("raise ValueError('a\\n\\x1b[31mb\\u202e\\ud800')", r"ValueError in solution.py: line 1, a \x1b[31mb\u202e"),
+        ("raise type('a\\nb', (Exception,), {})", "a b in solution.py: line 1"),
+        ("x = bytearray(8 << 30)", "MemoryError in solution.py: line 1"),
+        ("x = []\nwhile True: x.append(bytearray(64 << 20))", "MemoryError in solution.py: line 2"),
+        ("def double(x): return double(x)", "RecursionError in solution.py: line 1, maximum recursion depth exceeded"),
+        ("open('big', 'wb').write(bytes(32 << 20))", "OSError in solution.py: line 1, [Errno 27] File too large"),
+        ("import os\nos._exit(0)", "ended before its tests did"),
+        ("import os\nos.closerange(3, 65536)", "ended before its tests did"),
+        ("import os\nos.kill(os.getpid(), 11)", "killed by signal 11 (Segmentation fault)"),
+        ("import os\nos.kill(os.getpid(), 9)", "killed by signal 9 (Killed)"),
+        ("class E(Exception):\n    def __str__(self): raise E\nraise E", "ended before its tests did"),
+    ],
+)
+@pytest.mark.parametrize("namespaces", [True, False])
+def test_a_wrong_reply_has_a_reason_in_one_line(
+    python: CodeChecker, monkeypatch: pytest.MonkeyPatch, namespaces: bool, code: str, problem: str
+) -> None:
+    monkeypatch.setattr(python, "namespaces", namespaces and python.namespaces)
+    (verdict,) = verdicts(python, TESTS, f"```python\n{code}\n```")
+    assert not verdict.correct
+    assert (verdict.problem or "").startswith(problem)
+
+
+def test_code_that_does_not_end_has_a_reason(hurried: CodeChecker, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert verdicts(hurried, TESTS, "import time\ntime.sleep(600)") == [Verdict(False, "took more than 2 s")]
+    monkeypatch.setattr(code_checker, "LIMITS", replace(code_checker.LIMITS, cpu_s=1))
+    monkeypatch.setattr(hurried, "timeout_s", 120.0)
+    assert verdicts(hurried, TESTS, "while True: pass") == [Verdict(False, "took more than 1 s of processor time")]
+
+
+def test_a_reason_is_short_and_cannot_make_a_reply_correct(python: CodeChecker) -> None:
+    """A stranger chooses it: it may be long, or what another code sends in its place."""
+    send = "import os\nfor fd in range(3, 64):\n    try: os.write(fd, {})\n    except OSError: pass\nos._exit(0)"
+    long, *sent = verdicts(
+        python,
+        TESTS,
+        "raise ValueError('\\x1b' * 10**7)",
+        send.format("b'correct'"),
+        send.format("b'\\xff\\n' * 99"),
+        send.format("bytes(32)"),
+    )
+    assert long.problem is not None and len(long.problem) == code_checker.MAX_PROBLEM
+    assert [verdict.correct for verdict in (long, *sent)] == [False] * 4
+    assert sent[0].problem == "correct"
+    assert all((verdict.problem or "").isprintable() and "\n" not in (verdict.problem or "") for verdict in sent)
+
+
+def test_an_error_in_a_process_that_correct_code_makes_is_no_reason(python: CodeChecker) -> None:
+    fork = "import os\nif not os.fork(): raise ValueError\nos.wait()"
+    assert verdicts(python, TESTS, f"{CORRECT}{fork}") == [Verdict(True)]
+
+
+# ---- No code outlives its check
 
 
 @pytest.mark.parametrize("namespaces", [True, False])
