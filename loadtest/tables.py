@@ -103,7 +103,7 @@ def error_rows(results: Results) -> list[Row]:
 def calibration_rows(results: Results) -> list[Row]:
     """Return a row per figure of each matched temperature."""
     return [
-        Row([config, name.replace("_", " "), number(value)])
+        Row([config, name.replace("_", " "), ("yes" if value else "no") if isinstance(value, bool) else number(value)])
         for config, values in results.calibration.items()
         for name, value in values.items()
     ]
