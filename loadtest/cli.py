@@ -10,7 +10,6 @@ import os
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import asdict
 from datetime import UTC, datetime
 from io import TextIOWrapper
@@ -29,11 +28,12 @@ from loadtest.report import write_html
 from loadtest.results import Results, Run
 from loadtest.runner import Runner
 from loadtest.savings import savings
-from loadtest.scenario import Scenario, ScenarioError, Sweep, first_problem, load
+from loadtest.scenario import Scenario, ScenarioError, first_problem, load
 from loadtest.stage_summary import summarize_stage
 from loadtest.storage import read_json, without_nan, write_csv, write_json
 from loadtest.summary import summarize
 from loadtest.tasks.registry import load_task
+from loadtest.time_left import TimeLeft
 
 JSONL, JSON, CSV, HTML = "requests.jsonl", "results.json", "stages.csv", "report.html"
 
@@ -173,14 +173,14 @@ async def _results(scenario: Scenario, options: argparse.Namespace, writer: Stag
     began, started = time.monotonic(), datetime.now(UTC)
     task = load_task(scenario.task)
     progress = (ProgressTable if sys.stdout.isatty() else ProgressLines)(
-        lambda stage: summarize_stage(stage, scenario), _stage_count(scenario), sys.stdout
+        lambda stage: summarize_stage(stage, scenario), TimeLeft(scenario, len(task.questions)), sys.stdout
     )
     try:
         async with Client(options.base_url, options.api_key, scenario.limits) as client:
             model = scenario.model or await _first_model(client)
             server = await environment.server(client, options.server_flags)
             runner = Runner(scenario, model, task, client, progress, writer.write)
-            with progress if isinstance(progress, ProgressTable) else nullcontext():
+            with progress:
                 stages = await runner.run()
     finally:
         task.close()
@@ -204,13 +204,6 @@ async def _results(scenario: Scenario, options: argparse.Namespace, writer: Stag
         comparisons=comparisons,
         failed=failed,
     )
-
-
-def _stage_count(scenario: Scenario) -> int | None:
-    """Return the number of stages; None if a sweep decides it."""
-    if any(isinstance(each, Sweep) for each in scenario.loads):
-        return None
-    return len(scenario.loads) * len(scenario.configs) * scenario.repetitions
 
 
 async def _first_model(client: Client) -> str:

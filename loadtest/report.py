@@ -71,7 +71,7 @@ def _calibration_warnings(found: Mapping[str, float]) -> Iterator[str]:
     """Yield why a matched temperature is in doubt; results of earlier versions do not say it."""
     if found.get("within_tolerance") is False:
         entropy, target = number(found.get("entropy")), number(found.get("target"))
-        yield f"the entropy at its temperature is {entropy}, not within {TOLERANCE:.0%} of {target}, which it should match"
+        yield f"the entropy at its temperature is {entropy}, not within {TOLERANCE:.0%} of {target}, as it should be"
     if found.get("incomplete"):
         yield f"{found['incomplete']:.0f} replies by which its temperature was matched were not complete"
 

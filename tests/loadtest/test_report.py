@@ -112,9 +112,7 @@ def test_a_temperature_that_was_not_matched_is_an_alarm_and_one_that_was_is_none
         of = results(config("a", 5.0, 0.5), calibration={"a": found})
         text, parsed = page(of, tmp_path)
         assert ("alarms" in parsed.ids) is not within
-        assert (
-            "a: the entropy at its temperature is 1.2, not within 3% of 1, which it should match" in text
-        ) is not within
+        assert ("a: the entropy at its temperature is 1.2, not within 3% of 1, as it should be" in text) is not within
         assert ("a: 3 replies by which its temperature was matched were not complete" in text) is not within
         row = parsed.texts.index("within tolerance")
         assert ("yes" if within else "no") in parsed.texts[row : row + 4]
