@@ -269,7 +269,8 @@ def test_a_stage_read_back_has_the_p99_of_its_scheduling_delays(tmp_path: Path) 
     [
         ({"seed": 7}, "scenario.seed: got 7; the records have 0"),
         ({"request": {"max_tokens": 9}}, "scenario.request.max_tokens: got 9; the records have None"),
-        ({"arms": {"a": None, "b": {"body": {"temperature": 0.6}}}}, "scenario.arms.1.body.temperature: got 0.6; "),
+        ({"arms": {"a": None, "b": {"body": {"temperature": 0.6}}}}, "scenario.arms.b.body.temperature: got 0.6; "),
+        ({"arms": {"b": {"body": {"temperature": 0.5}}}}, "scenario.arms.a: got None; "),
         ({"task": {"type": "demo", "count": 9}}, "scenario.task.count: got 9; the records have 10"),
         ({"repetitions": 3}, "scenario.repetitions: got 3; the records have 2"),
     ],
@@ -282,6 +283,19 @@ def test_another_scenario_is_refused_with_the_first_field_that_differs(tmp_path:
             run(served, tmp_path, "resume", **changes)
     assert says in str(error.value) and "--restart" in str(error.value)
     assert before == {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+
+def test_a_run_that_ended_can_be_given_more_arms(tmp_path: Path) -> None:
+    more = {"arms": {"c": None, "a": None, "b": {"body": {"temperature": 0.5}}}, "references": ["b"]}
+    with serve(tokens=1, accuracy=0.6) as served:
+        run(served, tmp_path / "first")
+        before = served.mock.requests
+        stages = run(served, tmp_path / "first", "resume", **more)
+        assert served.mock.requests - before == 2 * (WARM_UP + QUESTIONS)
+        run(served, tmp_path / "whole", **more)
+    assert [stage.config for stage in stages].count("c") == 2
+    ordered = [sorted(read(tmp_path / name), key=repr) for name in ("first", "whole")]
+    assert ordered[0] == ordered[1]
 
 
 def test_another_model_and_other_questions_in_the_same_file_are_refused(tmp_path: Path) -> None:
