@@ -61,7 +61,7 @@ def prompts_of(model: str, count: int) -> list[list[int]]:
         questions = [problem.question for problem in problems("held_out", count, seed=0)]
         return [[*turn("user", question), VOCABULARY["<|assistant|>"]] for question in questions]
     if model in real_models.MODELS:
-        tokenizer = AutoTokenizer.from_pretrained(real_models.fetch(model))
+        tokenizer: Any = AutoTokenizer.from_pretrained(real_models.fetch(model))
         chats = [[{"role": "user", "content": REAL_QUESTION.format(number)}] for number in range(1, count + 1)]
         return [tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False) for chat in chats]
     rng = random.Random(0)
