@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTra
 
 CHAT_TOKENS = ("<|im_start|>", "<|im_end|>")  # the templates of both models are made of them
 
-# How text is split before the merges, by GGUF's `tokenizer.ggml.pre`, which transformers 5.19 does not read. llama.cpp's
-# `smollm` takes each digit alone first, so that white space before a number is one token.
+# How text is split before the merges, by GGUF's `tokenizer.ggml.pre`, which transformers 5.19 does not read.
+# llama.cpp's `smollm` takes each digit alone first, so that white space before a number is one token.
 PRE_TOKENIZERS: dict[str, PreTokenizer] = {
     "smollm": Sequence([Digits(individual_digits=True), ByteLevel(add_prefix_space=False)]),
 }
