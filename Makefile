@@ -40,7 +40,7 @@ test-all: install ## run every test (what .ci/run calls); ARGS="-k name" chooses
 bench: install ## measure the transform, into build/bench (minutes); ARGS="--quick", or "--rows 16 --arms ours,eager"
 	.venv/bin/python -m benchmarks.transform --out build/bench $(ARGS)
 
-bench-serving: install ## output tokens/s of the server, plugin on, off and hidden; MODEL=demo, vocab151k, 0.5b or 7b (CUDA), ARGS=--quick
+bench-serving: install ## output tokens/s of the server, plugin on, off and hidden; MODEL=demo, vocab151k, 0.5b, 7b (CUDA) or a name of `make models`, ARGS=--quick
 	.venv/bin/python -m benchmarks.serving $(if $(MODEL),--model $(MODEL)) $(ARGS)
 
 loadtest: install ## serve the demo model and run the standard comparison on it (8 minutes on two cores), into build/loadtest/demo

@@ -9,7 +9,6 @@ import os
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
 from io import TextIOWrapper
 from pathlib import Path
 
@@ -25,11 +24,12 @@ from loadtest.report import write_html
 from loadtest.results import Results, Run
 from loadtest.runner import Runner
 from loadtest.savings import savings
-from loadtest.scenario import Scenario, ScenarioError, Sweep, first_problem, load
+from loadtest.scenario import Scenario, ScenarioError, first_problem, load
 from loadtest.stage_summary import summarize_stage
 from loadtest.storage import read_json, write_csv, write_json
 from loadtest.summary import summarize
 from loadtest.tasks.registry import load_task
+from loadtest.time_left import TimeLeft
 
 JSON, CSV, HTML = "results.json", "stages.csv", "report.html"
 
@@ -138,7 +138,7 @@ async def _results(scenario: Scenario, options: argparse.Namespace, folder: Path
     began = time.monotonic()
     task = load_task(scenario.task)
     progress = (ProgressTable if sys.stdout.isatty() else ProgressLines)(
-        lambda stage: summarize_stage(stage, scenario), _stage_count(scenario), sys.stdout
+        lambda stage: summarize_stage(stage, scenario), TimeLeft(scenario, len(task.questions)), sys.stdout
     )
     try:
         async with Client(options.base_url, options.api_key, scenario.limits) as client:
@@ -146,7 +146,7 @@ async def _results(scenario: Scenario, options: argparse.Namespace, folder: Path
             server = await environment.server(client, options.server_flags)
             records = Records(folder, describe_run(scenario, model, task.questions), options.existing)
             runner = Runner(scenario, model, task, client, progress, records)
-            with progress if isinstance(progress, ProgressTable) else nullcontext():
+            with progress:
                 stages = await runner.run()
     finally:
         task.close()
@@ -171,13 +171,6 @@ async def _results(scenario: Scenario, options: argparse.Namespace, folder: Path
         failed=failed,
     )
     return results, records
-
-
-def _stage_count(scenario: Scenario) -> int | None:
-    """Return the number of stages; None if a sweep decides it."""
-    if any(isinstance(each, Sweep) for each in scenario.loads):
-        return None
-    return len(scenario.loads) * len(scenario.configs) * scenario.repetitions
 
 
 async def _first_model(client: Client) -> str:

@@ -38,3 +38,11 @@ def difference(value: Interval | None) -> str:
     if value is None or not math.isfinite(value.value):
         return NOT_MEASURED
     return f"{value.value:+.3f} ({value.low:+.3f} to {value.high:+.3f})"
+
+
+def duration(value: float) -> str:
+    """Format a time to wait, as exact as an estimate can be: seconds, minutes, or hours and minutes."""
+    minutes = round(value / 60)
+    if value < 90:
+        return f"{value:.0f} s"
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02} min"

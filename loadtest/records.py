@@ -196,7 +196,7 @@ class Records:
     def _check_same(self, earlier: dict[str, Any]) -> None:
         scenario = Scenario.model_validate(earlier.get("scenario"))  # fields that are newer have their defaults
         earlier = earlier | {"scenario": _dumped(scenario)}
-        if (found := _first_difference(earlier, self._about, "")) is not None:
+        if (found := _first_difference(_measured(earlier, earlier), _measured(self._about, earlier), "")) is not None:
             place, before, now = found
             problem = f"{place}: got {shortened(now)}; the records have {shortened(before)}"
             raise ScenarioError(f"{self.folder}: has the records of another run: {problem} (--restart begins anew)")
@@ -236,6 +236,13 @@ def _key(stage: Stage) -> StageKey:
 
 def _dumped(scenario: Scenario) -> dict[str, Any]:
     return scenario.model_dump(mode="json", by_alias=True)
+
+
+def _measured(about: dict[str, Any], earlier: dict[str, Any]) -> dict[str, Any]:
+    """Return what decides what earlier sittings measured: arms that are new and what is compared with what do not."""
+    known = [arm["name"] for arm in earlier["scenario"]["arms"]]
+    arms = {arm["name"]: arm for arm in about["scenario"]["arms"] if arm["name"] in known}
+    return about | {"scenario": about["scenario"] | {"arms": arms, "references": None}}
 
 
 def _row(key: StageKey, question: MeasuredQuestion) -> dict[str, Any]:

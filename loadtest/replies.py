@@ -68,6 +68,7 @@ class StreamedReply:
         if choice is None:
             return
         self.measured.finish_reason = _finish_reason(choice) or self.measured.finish_reason
+        self.measured.top_logprobs += _candidates(choice)
         delta = _part(choice, "delta")
         content = _text(delta.get("content"))
         if content or delta.get("reasoning_content") or delta.get("reasoning"):
@@ -100,8 +101,7 @@ def read_reply(body: bytes, measured: MeasuredRequest) -> None:
         raise ValueError("the reply has no choices")
     measured.text = _text(_part(choice, "message").get("content"))
     measured.finish_reason = _finish_reason(choice)
-    tokens = _part(choice, "logprobs").get("content")
-    measured.top_logprobs = [_top_logprobs(token) for token in tokens] if isinstance(tokens, list) else []
+    measured.top_logprobs = _candidates(choice)
 
 
 def set_status(measured: MeasuredRequest) -> None:
@@ -198,6 +198,13 @@ def _is_summary(name: str, value: object) -> bool:
     if name.startswith("entropy"):
         return _is_number(value)
     return _count(value) is not None
+
+
+def _candidates(choice: dict[str, Any]) -> list[list[float]]:
+    """Return the log-probabilities of each token's likeliest candidates, as far as the server sent any."""
+    logprobs = choice.get("logprobs")
+    tokens = logprobs.get("content") if isinstance(logprobs, dict) else None
+    return [_top_logprobs(token) for token in tokens] if isinstance(tokens, list) else []
 
 
 def _top_logprobs(token: object) -> list[float]:

@@ -1,7 +1,7 @@
 """The report of a run: one HTML page that needs no other file."""
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -11,6 +11,8 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from loadtest import plots, tables
+from loadtest.calibrate import TOLERANCE
+from loadtest.formats import number
 from loadtest.headlines import headlines
 from loadtest.results import Results, StageResult
 from loadtest.storage import write_text
@@ -53,6 +55,8 @@ def write_html(results: Results, path: Path) -> None:
 def _alarms(results: Results) -> Iterator[str]:
     """Yield every reason not to trust the figures; a reason that several stages have, once."""
     yield from (f"The run failed: {reason}" for reason in results.failed)
+    for config, found in results.calibration.items():
+        yield from (f"Warning: {config}: {text}" for text in _calibration_warnings(found))
     stages_by_reason: dict[str, list[str]] = {}
     for stage in results.stages:
         for kind, texts in (("Invalid", stage.invalid), ("Warning", stage.warnings)):
@@ -61,6 +65,15 @@ def _alarms(results: Results) -> Iterator[str]:
     for reason, stages in stages_by_reason.items():
         rest = len(stages) - MAX_NAMED_STAGES
         yield f"{reason} ({'; '.join(stages[:MAX_NAMED_STAGES])}{f' and {rest} more' if rest > 0 else ''})"
+
+
+def _calibration_warnings(found: Mapping[str, float]) -> Iterator[str]:
+    """Yield why a matched temperature is in doubt; results of earlier versions do not say it."""
+    if found.get("within_tolerance") is False:
+        entropy, target = number(found.get("entropy")), number(found.get("target"))
+        yield f"the entropy at its temperature is {entropy}, not within {TOLERANCE:.0%} of {target}, as it should be"
+    if found.get("incomplete"):
+        yield f"{found['incomplete']:.0f} replies by which its temperature was matched were not complete"
 
 
 def _stage_name(stage: StageResult) -> str:

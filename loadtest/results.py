@@ -154,7 +154,7 @@ class Results(Part):
     name: str
     run: Run
     scenario: dict[str, Any]  # as the scenario file has it: its configs are under `arms`
-    calibration: dict[str, dict[str, float]]  # by config: the temperature found, its mean entropy, the target's
+    calibration: dict[str, dict[str, bool | float]]  # by config: a `Calibration`, and whether it is within tolerance
     stages: list[StageResult]
     configs: list[ConfigResult] = Field(validation_alias="arms", serialization_alias="arms")
     comparisons: list[Comparison]

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from answers.vote import Vote
-from loadtest.calibrate import Calibration, find_temperature
+from loadtest.calibrate import Calibration, Pass, calibration_concurrency, find_temperature
 from loadtest.client import Client
 from loadtest.counters import counted_tokens
 from loadtest.load import run_load
@@ -19,6 +19,12 @@ from loadtest.tasks.base import LoadedTask
 
 class Progress(Protocol):
     """An observer of a run."""
+
+    def pass_began(self, asked: Pass) -> None:
+        """Note that a pass of a calibration is about to be asked."""
+
+    def calibration_ended(self, config: str, found: Calibration) -> None:
+        """Note that a matched temperature is known."""
 
     def stage_began(self, stage: Stage, questions: int) -> None:
         """Note that the stage's questions are about to be asked."""
@@ -211,8 +217,16 @@ class Runner:
         async def send(body: dict[str, Any]) -> MeasuredRequest:
             return await self.client.send(body, time.monotonic())
 
-        found = await find_temperature(send, self._warm_up_bodies(target), self._warm_up_bodies(config), config.name)
+        found = await find_temperature(
+            send,
+            self._warm_up_bodies(target),
+            self._warm_up_bodies(config),
+            config.name,
+            calibration_concurrency(self.scenario),
+            self.progress.pass_began,
+        )
         self.calibration[config.name] = found
+        self.progress.calibration_ended(config.name, found)
 
     def _warm_up_bodies(self, config: Config) -> list[dict[str, Any]]:
         indices = [question.index for question in self.task.questions]

@@ -116,7 +116,7 @@ def _counted(results: Results, kinds: Callable[[StageResult], Mapping[str, int]]
 def calibration_rows(results: Results) -> list[Row]:
     """Return a row per figure of each matched temperature."""
     return [
-        Row([config, name.replace("_", " "), number(value)])
+        Row([config, name.replace("_", " "), ("yes" if value else "no") if isinstance(value, bool) else number(value)])
         for config, values in results.calibration.items()
         for name, value in values.items()
     ]

@@ -110,7 +110,7 @@ def _hub_weights(name: str, config: Path, revision: str | None, token: str | boo
         return cached
     try:
         files = HfApi().model_info(name, revision=revision, token=token, files_metadata=True).siblings or ()
-    except (OSError, ValueError):
+    except Exception:  # also the errors of the HTTP library, which is another one in each release of the hub's client
         return None
     return sum(file.size or 0 for file in files if file.rfilename.endswith(WEIGHTS)) or None
 

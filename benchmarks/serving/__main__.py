@@ -17,6 +17,7 @@ from typing import Any
 import httpx
 
 import demo
+from benchmarks import real_models
 from benchmarks.completions import measure_rate, open_client
 from benchmarks.intervals import median_and_range
 from benchmarks.serving import dummy_model
@@ -34,13 +35,21 @@ def main() -> None:
     args = parse_arguments()
     args.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as temporary:
-        folder = demo.MODEL_PATH if args.model == "demo" else Path(temporary)
-        if args.model != "demo":
-            dummy_model.write_model_folder(folder, args.model)
+        folder = folder_of(args.model, Path(temporary))
         measurements = [each for start in range(args.starts) for each in run_servers(args, folder, start)]
         released = run_released(args, folder)
     print_report(args.model, args.concurrency, measurements, released)
     write_csv(args.out / f"serving-{args.model}.csv", args.model, measurements, released)
+
+
+def folder_of(model: str, temporary: Path) -> Path:
+    """Return the folder of a model; one of random weights is written to `temporary`."""
+    if model == "demo":
+        return demo.MODEL_PATH
+    if model in real_models.MODELS:
+        return real_models.fetch(model)
+    dummy_model.write_model_folder(temporary, model)
+    return temporary
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -54,6 +63,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--tokens", type=int, default=48, help="tokens of each reply")
     parser.add_argument("--concurrency", type=int, nargs="+", help="requests at a time (default: the model's)")
+    parser.add_argument("--configs", choices=CONFIGS, nargs="+", default=list(CONFIGS), help="default: all")
     parser.add_argument("--executor", choices=("uni", "mp"), default="uni", help="see harness/launch.py")
     parser.add_argument("--released", type=int, default=8, help="prompts for the released method; 0 leaves it out")
     parser.add_argument(
@@ -89,7 +99,8 @@ def start_servers(stack: ExitStack, args: argparse.Namespace, folder: Path, star
     if model == "demo":
         ours, theirs = flags, (str(demo.MODEL_PATH), *DEMO_FLAGS, *flags)
     else:
-        ours = theirs = (str(folder), "--served-model-name", model, *DUMMY_FLAGS, *flags)
+        dummy = DUMMY_FLAGS if model in dummy_model.SIZES else ()
+        ours = theirs = (str(folder), "--served-model-name", model, *dummy, *flags)
     both = {
         False: serve(*EM_SERVE, *ours, log=args.out / "em-serve.log", executor=args.executor),
         True: serve(*PLAIN_VLLM, *theirs, log=args.out / "plain-vllm.log", executor=args.executor),
@@ -115,7 +126,7 @@ async def measure(servers: dict[bool, Server], args: argparse.Namespace, start: 
         for concurrency in args.concurrency:
             prompts = prompts_of(args.model, args.requests or max(8, 4 * concurrency))
             for number in range(-1, args.rounds):
-                names = list(CONFIGS)
+                names = args.configs
                 for name in names if number % 2 else reversed(names):
                     config = CONFIGS[name]
                     bodies = request_bodies(args.model, config, prompts, args.tokens, number)
@@ -145,9 +156,8 @@ def run_released(args: argparse.Namespace, folder: Path) -> list[float]:
     """Return output tokens per second of the released method, one figure for each prompt."""
     from benchmarks.serving.transformers_baseline import released_rates  # on CUDA it takes memory from the servers
 
-    dummy_weights = args.model != "demo"
     prompts = prompts_of(args.model, args.released)
-    return list(released_rates(folder, prompts, args.tokens, dummy_weights)) if prompts else []
+    return list(released_rates(folder, prompts, args.tokens, args.model in dummy_model.SIZES)) if prompts else []
 
 
 if __name__ == "__main__":

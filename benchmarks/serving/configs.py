@@ -5,6 +5,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from transformers import AutoTokenizer
+
+from benchmarks import real_models
 from benchmarks.serving import dummy_model
 from demo.problems import problems
 from demo.tokenizer import VOCABULARY, turn
@@ -35,7 +38,12 @@ MODELS = {
     "0.5b": ServedModel((1, 16, 64), 0.95, ("--enforce-eager", "--no-enable-chunked-prefill")),
     "7b": ServedModel((64,), 0.98, ("--gpu-memory-utilization", "0.4")),  # two servers share the device
 }
+# In one type: on a CPU, em-serve and plain vLLM may choose different ones.
+REAL_FLAGS = ("--enforce-eager", "--no-enable-chunked-prefill", "--max-model-len", "1024", "--dtype", "float32")
+MODELS |= {name: ServedModel((1, 16, 64), 0.95, REAL_FLAGS) for name in real_models.MODELS}
 DUMMY_FLAGS = ("--load-format", "dummy", "--skip-tokenizer-init", "--max-model-len", "1024")
+
+REAL_QUESTION = "Write a Python function that solves a puzzle with {} numbers, and explain it."
 
 PLAIN, OFF, ON = "plain vLLM", "off", "on"
 CONFIGS = {
@@ -48,10 +56,14 @@ CONFIGS = {
 
 
 def prompts_of(model: str, count: int) -> list[list[int]]:
-    """Return token ids: chats about held-out problems for the demo model, random ids for a model of random weights."""
+    """Return token ids: chats for the demo model and real ones, random ids for a model of random weights."""
     if model == "demo":
         questions = [problem.question for problem in problems("held_out", count, seed=0)]
         return [[*turn("user", question), VOCABULARY["<|assistant|>"]] for question in questions]
+    if model in real_models.MODELS:
+        tokenizer: Any = AutoTokenizer.from_pretrained(real_models.fetch(model))
+        chats = [[{"role": "user", "content": REAL_QUESTION.format(number)}] for number in range(1, count + 1)]
+        return [tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False) for chat in chats]
     rng = random.Random(0)
     return [rng.choices(range(1, dummy_model.SIZES[model]["vocab_size"]), k=32) for _ in range(count)]
 

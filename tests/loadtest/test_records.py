@@ -53,6 +53,16 @@ class Dying(Records):
         super().question_ended(stage, question)
 
 
+class Counting(Client):
+    """Counts what all runs send; the server would count what a killed one had sent when it gets to it."""
+
+    sent = 0
+
+    async def send(self, body: dict[str, Any], began: float) -> MeasuredRequest:
+        Counting.sent += 1
+        return await super().send(body, began)
+
+
 def run(
     served: Served, folder: Path, existing: Existing = "refuse", kill_after: int | None = None, **changes: Any
 ) -> list[Stage]:
@@ -65,7 +75,7 @@ def run(
         kind = Records if kill_after is None else Dying
         records = kind(folder, describe_run(chosen, "mock", task.questions), existing)
         records.left = kill_after
-        async with Client(served.url, None, chosen.limits) as client:
+        async with Counting(served.url, None, chosen.limits) as client:
             return await Runner(chosen, "mock", task, client, NoProgress(), records).run()
 
     stages: list[Stage] = []
@@ -120,13 +130,13 @@ def test_a_run_killed_and_resumed_gives_the_same_records(tmp_path: Path, changes
 def test_a_resumed_run_asks_only_what_has_no_record(tmp_path: Path) -> None:
     with serve(tokens=1) as served:
         run(served, tmp_path, kill_after=2 * QUESTIONS + 4)
-        before = served.mock.requests
+        before = Counting.sent
         stages = run(served, tmp_path, "resume")
-        assert served.mock.requests - before == 2 * WARM_UP + 6 + QUESTIONS
+        assert Counting.sent - before == 2 * WARM_UP + 6 + QUESTIONS
         assert [one.parts for one in stages] == [1, 1, 2, 1]
-        before = served.mock.requests
+        before = Counting.sent
         again = run(served, tmp_path, "resume")
-        assert served.mock.requests == before
+        assert Counting.sent == before
     for one, other in zip(stages, again, strict=True):
         assert one.questions == other.questions
         assert summarize_stage(one, scenario()) == summarize_stage(other, scenario())
@@ -217,9 +227,9 @@ def test_questions_for_which_the_server_was_gone_are_asked_again(tmp_path: Path)
 def test_a_question_that_the_server_refused_is_not_asked_again(tmp_path: Path) -> None:
     with serve(refused=0.5) as served:
         run(served, tmp_path)
-        before = served.mock.requests
+        before = Counting.sent
         run(served, tmp_path, "resume")
-        assert served.mock.requests == before
+        assert Counting.sent == before
 
 
 def test_a_resumed_sweep_is_decided_by_its_recorded_stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -227,9 +237,9 @@ def test_a_resumed_sweep_is_decided_by_its_recorded_stages(tmp_path: Path, monke
     monkeypatch.setattr(runner, "answers_per_second", lambda stage: rates[stage.target_load])
     with serve(tokens=1) as served:
         run(served, tmp_path, kill_after=2 * QUESTIONS + 5, **SWEEP)
-        before = served.mock.requests
+        before = Counting.sent
         stages = run(served, tmp_path, "resume", **SWEEP)
-        assert served.mock.requests - before == 2 * WARM_UP + 5 + QUESTIONS
+        assert Counting.sent - before == 2 * WARM_UP + 5 + QUESTIONS
     assert [stage.target_load for stage in stages] == [1, 2, 4, 8]
     assert [stage.parts for stage in stages] == [1, 1, 2, 1]
 
@@ -269,7 +279,8 @@ def test_a_stage_read_back_has_the_p99_of_its_scheduling_delays(tmp_path: Path) 
     [
         ({"seed": 7}, "scenario.seed: got 7; the records have 0"),
         ({"request": {"max_tokens": 9}}, "scenario.request.max_tokens: got 9; the records have None"),
-        ({"arms": {"a": None, "b": {"body": {"temperature": 0.6}}}}, "scenario.arms.1.body.temperature: got 0.6; "),
+        ({"arms": {"a": None, "b": {"body": {"temperature": 0.6}}}}, "scenario.arms.b.body.temperature: got 0.6; "),
+        ({"arms": {"b": {"body": {"temperature": 0.5}}}}, "scenario.arms.a: got None; "),
         ({"task": {"type": "demo", "count": 9}}, "scenario.task.count: got 9; the records have 10"),
         ({"repetitions": 3}, "scenario.repetitions: got 3; the records have 2"),
     ],
@@ -282,6 +293,19 @@ def test_another_scenario_is_refused_with_the_first_field_that_differs(tmp_path:
             run(served, tmp_path, "resume", **changes)
     assert says in str(error.value) and "--restart" in str(error.value)
     assert before == {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+
+def test_a_run_that_ended_can_be_given_more_arms(tmp_path: Path) -> None:
+    more = {"arms": {"c": None, "a": None, "b": {"body": {"temperature": 0.5}}}, "references": ["b"]}
+    with serve(tokens=1, accuracy=0.6) as served:
+        run(served, tmp_path / "first")
+        before = Counting.sent
+        stages = run(served, tmp_path / "first", "resume", **more)
+        assert Counting.sent - before == 2 * (WARM_UP + QUESTIONS)
+        run(served, tmp_path / "whole", **more)
+    assert [stage.config for stage in stages].count("c") == 2
+    ordered = [sorted(read(tmp_path / name), key=repr) for name in ("first", "whole")]
+    assert ordered[0] == ordered[1]
 
 
 def test_another_model_and_other_questions_in_the_same_file_are_refused(tmp_path: Path) -> None:

@@ -122,6 +122,16 @@ def test_a_whole_reply_is_read() -> None:
     assert measured.top_logprobs == [[-0.5], [], []]
 
 
+def test_log_probabilities_of_a_stream_are_collected_and_odd_ones_do_no_harm() -> None:
+    pieces = [
+        {"delta": {"content": "4"}, "logprobs": logprobs}
+        for logprobs in ({"content": [{"top_logprobs": [{"logprob": -0.5}]}, {}]}, None, [], {"content": 7})
+    ]
+    measured = read(*(event({"choices": [piece]}) for piece in pieces), END, DONE)
+    assert (measured.status, measured.text) == ("ok", "4444")
+    assert measured.top_logprobs == [[-0.5], []]
+
+
 @pytest.mark.parametrize(
     ("body", "says"),
     [

@@ -5,6 +5,7 @@ import re
 from html.parser import HTMLParser
 
 from loadtest import plots
+from loadtest.calibrate import Calibration
 from loadtest.report import write_html
 from tests.loadtest.example import config, many, results, stage
 
@@ -104,6 +105,19 @@ def test_problems_come_before_the_headlines(tmp_path):
 
 def test_a_run_without_problems_has_no_alarms(tmp_path):
     assert "alarms" not in page(results(config("a", 5.0, 0.5)), tmp_path)[1].ids
+
+
+def test_a_temperature_that_was_not_matched_is_an_alarm_and_one_that_was_is_none(tmp_path):
+    for within, incomplete in ((True, 0), (False, 3)):
+        found = Calibration(0.5, 1.0 if within else 1.2, 1.0, passes=3, incomplete=incomplete).summary()
+        of = results(config("a", 5.0, 0.5), calibration={"a": found})
+        text, parsed = page(of, tmp_path)
+        assert ("alarms" in parsed.ids) is not within
+        assert ("a: the entropy at its temperature is 1.2, not within 3% of 1, as it should be" in text) is not within
+        assert ("a: 3 replies by which its temperature was matched were not complete" in text) is not within
+        row = parsed.texts.index("within tolerance")
+        assert ("yes" if within else "no") in parsed.texts[row : row + 4]
+        assert type(of.calibration["a"]["within_tolerance"]) is bool
 
 
 def test_a_figure_that_was_not_measured_is_a_dash(tmp_path):

@@ -11,6 +11,7 @@ import pytest
 
 from answers.extract import Answer
 from loadtest import runner
+from loadtest.calibrate import Calibration, Pass
 from loadtest.client import Client
 from loadtest.measurements import MeasuredRequest, Stage
 from loadtest.records import Records
@@ -22,6 +23,10 @@ from tests.loadtest.mock_server import Served, serve
 
 
 class NoProgress:
+    def pass_began(self, asked: Pass) -> None: ...
+
+    def calibration_ended(self, config: str, found: Calibration) -> None: ...
+
     def stage_began(self, stage: Stage, questions: int) -> None: ...
 
     def stage_ended(self, stage: Stage) -> None: ...
@@ -110,6 +115,27 @@ def test_all_seeds_fit_32_bits_those_of_the_warm_up_and_of_late_repetitions_too(
         seeds = [body["seed"] for body in served.mock.bodies]
     assert len(seeds) == 6 * 2 * (10 + 3)
     assert all(0 <= seed < 2**31 for seed in seeds)
+
+
+def test_a_matched_temperature_is_sought_under_the_concurrency_of_the_load_and_used(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    found = Calibration(0.37, 0.2, 0.2, passes=2)
+
+    async def find(send: Any, target: Any, bodies: Any, config: str, concurrency: int, pass_began: Any) -> Calibration:
+        assert (config, concurrency, len(target), len(bodies)) == ("matched", 4, 10, 10)
+        assert [body["seed"] for body in target] == [body["seed"] for body in bodies]
+        assert all("em_inf" in body for body in target) and not any("em_inf" in body for body in bodies)
+        return found
+
+    ended = list[tuple[str, Calibration]]()
+    monkeypatch.setattr(runner, "find_temperature", find)
+    monkeypatch.setattr(NoProgress, "calibration_ended", lambda _, config, found: ended.append((config, found)))
+    with serve(tokens=1) as served:
+        run(served, arms={"EM": {"body": {"em_inf": {}}}, "matched": {"match_entropy_of": "EM"}}, repetitions=1)
+        temperatures = {body.get("temperature") for body in served.mock.bodies if "em_inf" not in body}
+    assert temperatures == {0.37}
+    assert ended == [("matched", found)]
 
 
 def test_a_request_that_is_not_streamed_has_no_stream_options() -> None:

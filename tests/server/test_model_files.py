@@ -71,6 +71,8 @@ class Hub(BaseHTTPRequestHandler):
         if "some/model" not in self.path:
             code = "GatedRepo" if "gated" in self.path else "RepoNotFound"
             return self._answer(403 if "gated" in self.path else 401, {}, {"X-Error-Code": code})
+        if self.path.startswith("/api/models/some/model-without-list"):
+            return self._answer(500, {}, {})
         if self.path.startswith("/api/"):
             files = [{"rfilename": "model.safetensors", "size": 7000}, {"rfilename": "README.md", "size": 5}]
             return self._answer(200, {"id": "some/model", "siblings": files}, {})
@@ -116,6 +118,11 @@ def point_to(monkeypatch: pytest.MonkeyPatch, endpoint: str, cache: Path) -> Non
 def test_of_a_hub_the_config_alone_is_downloaded(hub: None) -> None:
     found = read_model("some/model")
     assert (found.context, found.dtype, found.weights) == (32_768, "bfloat16", 7000)
+
+
+def test_weights_are_of_unknown_size_if_the_hub_does_not_list_them(hub: None) -> None:
+    found = read_model("some/model-without-list")
+    assert (found.context, found.weights) == (32_768, None)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,8 @@
 """The requests of the serving benchmark: its configs differ in EM-INF alone."""
 
-from benchmarks.serving.configs import CONFIGS, ON, PLAIN, prompts_of, request_bodies
+from benchmarks import real_models
+from benchmarks.serving import dummy_model
+from benchmarks.serving.configs import CONFIGS, MODELS, ON, PLAIN, prompts_of, request_bodies
 from em_sampler.params import EMInfParams, parse_params
 
 
@@ -21,3 +23,7 @@ def test_seeds_are_distinct_within_and_across_rounds():
     bodies = [body for number in range(-1, 3) for body in request_bodies("demo", CONFIGS[ON], [[1]] * 4, 16, number)]
     seeds = [body["seed"] for body in bodies]
     assert len(set(seeds)) == len(seeds)
+
+
+def test_every_model_has_a_folder_or_random_weights() -> None:
+    assert {"demo", *real_models.MODELS, *dummy_model.SIZES} == {*MODELS}
