@@ -19,7 +19,8 @@ from zipfile import BadZipFile, ZipFile
 FOLDER = Path("build/models")
 CONVERTER = "gguf==0.19.0"  # pure Python; transformers reads GGUF by it. Not installed: nothing else here needs it.
 CONVERTER_SHA256 = "70bcd10edfe697fb2dad6e40af2234b9d8ece9a41a99761405121ebda1c3c1cd"  # its code runs
-COMPLETE = "sha256"  # in a model's folder: the hash of the data it was made of, written last
+COMPLETE = "made-of"  # in a model's folder: the hashes of its data and of what converted it, written last
+CONVERSION = Path(__file__).with_name("gguf_conversion.py")
 MAX_ERROR_CHARS = 300  # of pip's last line
 CHUNK_BYTES = 1 << 20
 
@@ -64,7 +65,7 @@ MODELS = {
 def available(name: str, folder: Path = FOLDER) -> Path | None:
     """Return the folder of a model that has been fetched before; else None."""
     marker = folder / name / COMPLETE
-    return marker.parent if marker.is_file() and marker.read_text() == MODELS[name].sha256 else None
+    return marker.parent if marker.is_file() and marker.read_text() == _made_of(name) else None
 
 
 def fetch(name: str, folder: Path = FOLDER) -> Path:
@@ -87,10 +88,15 @@ def fetch(name: str, folder: Path = FOLDER) -> Path:
         _join(MODELS[name], gguf, Path(scratch))
         _check(MODELS[name], gguf)
         _convert(gguf, made, Path(scratch))
-        (made / COMPLETE).write_text(MODELS[name].sha256)
+        (made / COMPLETE).write_text(_made_of(name))
         shutil.rmtree(folder / name, ignore_errors=True)
         made.rename(folder / name)
     return folder / name
+
+
+def _made_of(name: str) -> str:
+    """Return what a complete folder says of itself: if the conversion changes, it is made again."""
+    return f"{MODELS[name].sha256} {hashlib.sha256(CONVERSION.read_bytes()).hexdigest()}\n"
 
 
 def _join(model: RealModel, gguf: Path, scratch: Path) -> None:

@@ -98,7 +98,11 @@ def test_a_folder_that_is_not_complete_is_made_again(tmp_path: Path, monkeypatch
     (tmp_path / "some" / "half").touch()
     assert available("some", tmp_path) is None
     assert not (fetch("some", tmp_path) / "half").exists()
-    monkeypatch.setitem(MODELS, "some", a_model(sha256="0" * 64))  # the data has changed since
+    (tmp_path / "conversion.py").touch()
+    monkeypatch.setattr(real_models, "CONVERSION", tmp_path / "conversion.py")  # it has changed since
+    assert available("some", tmp_path) is None
+    assert fetch("some", tmp_path) == available("some", tmp_path)
+    monkeypatch.setitem(MODELS, "some", a_model(sha256="0" * 64))  # and so has the data
     assert available("some", tmp_path) is None
 
 
