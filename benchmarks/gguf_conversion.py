@@ -32,6 +32,7 @@ def main(gguf: str, folder: str) -> None:
     file, made = Path(gguf), Path(folder)
     source = {"gguf_file": file.name}
     tokenizer = AutoTokenizer.from_pretrained(file.parent, **source)
+    assert isinstance(tokenizer, PreTrainedTokenizerFast)  # all that transformers makes of GGUF
     split_as_trained(tokenizer, GGUFReader(file).fields["tokenizer.ggml.pre"].contents())
     model = AutoModelForCausalLM.from_pretrained(
         file.parent, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16, **source
