@@ -254,9 +254,13 @@ def test_ten_thousand_requests_leave_nothing_behind(v1: Server) -> None:
         v1.until(lambda: v1.metric("em_inf_tracked_requests") == 0)
         return v1.memory()
 
-    send_thousands(10)  # to warm up: buffers grow by 5 MiB within it, and by less than 1 in 30,000 requests later
-    tokens_before, before = v1.metric("em_inf_tokens_total"), v1.memory()
-    growth = {process: (size - before[process]) / 2**20 for process, size in send_thousands(10).items()}  # MiB
-    assert v1.metric("em_inf_tokens_total") == tokens_before + 20_000
-    assert growth.pop("server") < 4, "more than 400 bytes a request"
-    assert max(growth.values()) < 25, growth
+    send_thousands(10)  # to warm up
+    for _ in range(4):  # a leak grows every time; buffers grow by up to 6 MiB, but not in all of 10,000 requests
+        tokens_before, before = v1.metric("em_inf_tokens_total"), v1.memory()
+        growth = {process: (size - before[process]) / 2**20 for process, size in send_thousands(10).items()}  # MiB
+        assert v1.metric("em_inf_tokens_total") == tokens_before + 20_000
+        server = growth.pop("server")
+        if server < 4 and max(growth.values()) < 25:
+            break
+    else:
+        pytest.fail(f"memory grows: the server by {server} MiB, more than 400 bytes a request, or others: {growth}")
