@@ -155,6 +155,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     with (
         mock.patch.dict(os.environ, key),
         mock.patch("server.guards.current_platform") as platform,
+        mock.patch("server.guards.read_model"),  # no hub is asked
+        mock.patch("vllm.logger.configure_logging_from_args"),  # the logs of other tests stay as they are
         mock.patch.object(ServeSubcommand, "cmd") as start,
     ):
         platform.is_cpu.return_value = False  # the pods have GPUs; this machine's memory is not theirs

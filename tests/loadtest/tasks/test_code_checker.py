@@ -69,8 +69,8 @@ def test_code_is_correct_if_its_tests_pass(python: CodeChecker) -> None:
         "import os\nos._exit(0)",
         f"{CORRECT}raise SystemExit",
         "def double(x):\n    import os\n    os._exit(0)",
-        "import os\nfor fd in range(3, 64):\n    try: os.write(fd, bytes(32))\n    except OSError: pass\nos._exit(0)",
-        "import os\nfor fd in range(3, 64):\n    try:\n        os.set_blocking(fd, False)\n"
+        "import os\nfor fd in range(3, 4096):\n    try: os.write(fd, bytes(32))\n    except OSError: pass\nos._exit(0)",
+        "import os\nfor fd in range(3, 4096):\n    try:\n        os.set_blocking(fd, False)\n"
         "        os.write(fd, os.read(fd, 32))\n    except OSError: pass\nos._exit(0)",
         f"{CORRECT}import os\nos.closerange(3, 65536)",
         f"{CORRECT}x = bytearray(8 << 30)",
@@ -151,7 +151,7 @@ def test_code_that_does_not_end_has_a_reason(hurried: CodeChecker, monkeypatch: 
 
 def test_a_reason_is_short_and_cannot_make_a_reply_correct(python: CodeChecker) -> None:
     """A stranger chooses it: it may be long, or what another code sends in its place."""
-    send = "import os\nfor fd in range(3, 64):\n    try: os.write(fd, {})\n    except OSError: pass\nos._exit(0)"
+    send = "import os\nfor fd in range(3, 4096):\n    try: os.write(fd, {})\n    except OSError: pass\nos._exit(0)"
     long, *sent = verdicts(
         python,
         TESTS,
