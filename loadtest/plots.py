@@ -34,6 +34,7 @@ STYLE: dict[Any, Any] = {
     "axes.spines.right": False,
     "axes.titlesize": 10,
 }
+MIN_SPAN = 1.01  # of a logarithmic axis: its highest value over its lowest
 DIRECTIONS = tuple((math.cos(turn * math.pi / 4), math.sin(turn * math.pi / 4)) for turn in (1, 7, 3, 5, 0, 4, 2, 6))
 
 
@@ -257,6 +258,9 @@ def _format_log_axis(axes: Axes, which: str) -> None:
     """Label a logarithmic axis with numbers such as 0.5, 20, 1,000, even if it spans less than a decade."""
     for axis in [axes.xaxis] * ("x" in which) + [axes.yaxis] * ("y" in which):
         low, high = sorted(axis.get_view_interval())
+        if high / low < MIN_SPAN:  # one value: by its rounding the axis may have no width
+            low, high = low / MIN_SPAN, high * MIN_SPAN
+            (axes.set_xlim if axis is axes.xaxis else axes.set_ylim)(low, high)
         if high / low > 3:
             axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low < 300 else (1,)))
         else:
