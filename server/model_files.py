@@ -38,8 +38,7 @@ class ModelFiles:
     @property
     def context(self) -> int | None:
         """The most tokens of a prompt with its reply; None if the configuration does not say."""
-        text = self.config.get("text_config") or self.config
-        context = text.get("max_position_embeddings")
+        context = (self._text or self.config).get("max_position_embeddings")
         return context if isinstance(context, int) else None
 
     @property
@@ -47,9 +46,14 @@ class ModelFiles:
         """The type of the weights, such as bfloat16; None if it is unknown, or if they are quantized."""
         if "quantization_config" in self.config:
             return None
-        text = self.config.get("text_config") or {}
-        names = (part.get(name) for part in (self.config, text) for name in ("dtype", "torch_dtype"))
+        names = (part.get(name) for part in (self.config, self._text) for name in ("dtype", "torch_dtype"))
         return next((name for name in names if isinstance(name, str)), None)
+
+    @property
+    def _text(self) -> dict[str, Any]:
+        """The part of a multimodal model that writes; empty if there is none."""
+        text = self.config.get("text_config")
+        return text if isinstance(text, dict) else {}
 
 
 def read_model(model: str, revision: str | None = None, token: str | bool | None = None) -> ModelFiles:

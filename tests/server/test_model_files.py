@@ -33,6 +33,7 @@ def test_a_folder_has_its_config_and_the_size_of_its_weights(tmp_path: Path) -> 
         ({"torch_dtype": "float16"}, None, "float16"),
         ({"text_config": {"max_position_embeddings": 8, "dtype": "bfloat16"}}, 8, "bfloat16"),
         ({"max_position_embeddings": "many"}, None, None),
+        ({"text_config": "none", "dtype": ["bfloat16"], "torch_dtype": "float32"}, None, "float32"),
         (CONFIG | {"quantization_config": {"bits": 4}}, 32_768, None),
     ],
 )
