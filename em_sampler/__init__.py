@@ -1,4 +1,4 @@
-"""Entropy-minimising transforms of next-token logits (EM-INF, adaptive temperature) and their place in vLLM.
+"""Transforms of next-token logits by their entropy (EM-INF, adaptive temperature, truncation) and their place in vLLM.
 
 Needs neither vLLM nor, until a transform is used, torch: what needs torch is imported when it is first asked for.
 """
@@ -6,14 +6,33 @@ Needs neither vLLM nor, until a transform is used, torch: what needs torch is im
 from importlib import import_module, metadata
 from typing import TYPE_CHECKING, Any
 
-from em_sampler.params import AdaptiveTemperatureParams, EMInfParams, MeasureParams
+from em_sampler.params import (
+    AdaptiveTemperatureParams,
+    EMInfParams,
+    GreedyBelowParams,
+    MeasureParams,
+    PLessParams,
+    TopHParams,
+    TopNSigmaParams,
+)
 from em_sampler.validation import ParamsError
 
 if TYPE_CHECKING:
     from em_sampler.transforms.batch import TransformOutput
     from em_sampler.transforms.dispatch import transform
 
-__all__ = ["AdaptiveTemperatureParams", "EMInfParams", "MeasureParams", "ParamsError", "TransformOutput", "transform"]
+__all__ = [
+    "AdaptiveTemperatureParams",
+    "EMInfParams",
+    "GreedyBelowParams",
+    "MeasureParams",
+    "PLessParams",
+    "ParamsError",
+    "TopHParams",
+    "TopNSigmaParams",
+    "TransformOutput",
+    "transform",
+]
 
 _LAZY = {"TransformOutput": "em_sampler.transforms.batch", "transform": "em_sampler.transforms.dispatch"}
 

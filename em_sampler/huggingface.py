@@ -17,17 +17,18 @@ class EntropyMinimizer(LogitsProcessor):
 
     Attributes:
         params: the method and its settings.
+        temperature: that of `generate`, for methods that remove tokens.
         last: the entropies [rows] in nats and the steps [rows] of the latest token, None before the first.
     """
 
     supports_continuous_batching = True  # a row's result depends on nothing but the row
 
-    def __init__(self, params: Params) -> None:
-        self.params = params
+    def __init__(self, params: Params, temperature: float = 1.0) -> None:
+        self.params, self.temperature = params, temperature
         self.last: TransformOutput | None = None
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         """Return new log-probabilities for `scores` [rows, vocab], in their dtype. `scores` itself does not change."""
         logits = scores.to(torch.float32, copy=True)
-        self.last = transform(logits, [self.params] * len(logits))
+        self.last = transform(logits, [self.params] * len(logits), [self.temperature] * len(logits))
         return logits.log_softmax(-1).to(scores.dtype)  # type: ignore[return-value]

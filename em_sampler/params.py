@@ -1,6 +1,7 @@
 """The params of a request: one frozen, validated class per method, with its defaults.
 
-Knows nothing of tensors, vLLM or HTTP. Symbols and defaults: arXiv 2505.15134, section 4 and appendix A.
+Knows nothing of tensors, vLLM or HTTP. Symbols and defaults of EM-INF and adaptive temperature: arXiv 2505.15134,
+section 4 and appendix A; of the methods that remove tokens: the paper that each class names.
 """
 
 from collections.abc import Iterable, Mapping
@@ -19,8 +20,10 @@ MAX_FLAT_KEYS = 32  # more than all methods have fields
 
 MAX_THRESHOLD = 20.0  # nats; above the entropy of any vocabulary in use (ln 10^8 = 18.4)
 MAX_STEPS = 64
+CUT = -1  # in statistics, the steps of a token whose method removed others: it took none, but changed the distribution
 MAX_LEARNING_RATE = 10.0
 MAX_KL_WEIGHT = 10.0
+MAX_SIGMAS = 20.0
 MIN_TEMPERATURE = 1e-3
 MAX_TEMPERATURE = 10.0
 
@@ -84,12 +87,51 @@ class MeasureParams(_Params):
     method: Literal["none"] = "none"
 
 
-Params = EMInfParams | AdaptiveTemperatureParams | MeasureParams
+class PLessParams(_Params):
+    """The params of p-less sampling (arXiv 2509.23234): keep tokens as likely as two independent samples are equal."""
+
+    method: Literal["p_less"] = "p_less"
+    normalized: bool = Field(
+        default=False, description="Scale the bound, sum p^2, so that a uniform distribution loses no token."
+    )
+
+
+class TopHParams(_Params):
+    """The params of top-H sampling (arXiv 2509.02510): keep the likeliest tokens, up to a share of the entropy."""
+
+    method: Literal["top_h"] = "top_h"
+    alpha: float = Field(
+        default=0.4, gt=0, le=1, description="Entropy of the kept tokens, at most, as a share of the token's own."
+    )
+
+
+class TopNSigmaParams(_Params):
+    """The params of top-n-sigma sampling (arXiv 2411.07641): keep logits within `n` deviations of the highest."""
+
+    method: Literal["top_n_sigma"] = "top_n_sigma"
+    n: float = Field(default=1.0, gt=0, le=MAX_SIGMAS, description="Distance, in standard deviations of the logits.")
+
+
+class GreedyBelowParams(_Params):
+    """The params of greedy-threshold sampling (arXiv 2510.05987): be greedy exactly if the model is unsure."""
+
+    method: Literal["greedy_below"] = "greedy_below"
+    p_max: float = Field(
+        default=0.3, gt=0, le=1, description="Probability of the likeliest token below which it alone is kept."
+    )
+
+
+TruncationParams = PLessParams | TopHParams | TopNSigmaParams | GreedyBelowParams  # remove tokens, change no others
+Params = EMInfParams | AdaptiveTemperatureParams | MeasureParams | TruncationParams
 
 METHODS: dict[str, type[Params]] = {
     "em_inf": EMInfParams,
     "adaptive_temperature": AdaptiveTemperatureParams,
     "none": MeasureParams,
+    "p_less": PLessParams,
+    "top_h": TopHParams,
+    "top_n_sigma": TopNSigmaParams,
+    "greedy_below": GreedyBelowParams,
 }
 
 
@@ -125,9 +167,9 @@ def from_extra_args(extra_args: Mapping[str, Any] | None, default: Params | None
     if not extra_args:
         return default
     flat = {key.removeprefix(FLAT_PREFIX): extra_args[key] for key in flat_keys(extra_args)}
-    value = extra_args.get(EXTRA_ARGS_KEY)
-    if isinstance(value, int) and value in (0, 1):
-        value = bool(value)  # vLLM's `vllm_xargs` turns JSON's true and false into 1 and 0
+    # vLLM's `vllm_xargs` turns JSON's true and false into 1 and 0.
+    value = _as_bool(extra_args.get(EXTRA_ARGS_KEY))
+    flat |= {name: _as_bool(flat[name]) for name in _BOOLEANS & flat.keys()}
     if not flat:
         return parse_params(value, default)
     if value not in (None, True):
@@ -136,6 +178,16 @@ def from_extra_args(extra_args: Mapping[str, Any] | None, default: Params | None
         return parse_params(flat)
     except ParamsError as error:
         raise ParamsError(error.field.replace(".", "_"), error.problem) from None
+
+
+_BOOLEANS = {
+    name for model in METHODS.values() for name, field in model.model_fields.items() if field.annotation is bool
+}
+
+
+def _as_bool(value: object) -> object:
+    """Return 0 and 1 as false and true, and anything else as it is."""
+    return bool(value) if isinstance(value, int) and value in (0, 1) else value
 
 
 def flat_keys(extra_args: Iterable[str]) -> list[str]:

@@ -11,11 +11,11 @@ from numpy.typing import NDArray
 
 from em_sampler.params import RETURN_ADDRESS_KEY
 from em_sampler.stats.transport import SOCKET_NAME_PATTERN
-from em_sampler.stats.wire import TOKEN_DTYPE, TOTALS_DTYPE, StructuredArray, add_tokens
+from em_sampler.stats.wire import TAIL_TOKENS, TOKEN_DTYPE, TOTALS_DTYPE, StructuredArray, add_tokens
 
-# A token is final once this many later ones were sampled: preemption cannot have it sampled again, and a stop string
-# cannot cut it off.
-FINAL_AFTER_TOKENS = 32
+# A token is final once this many later ones were sampled: preemption cannot have it sampled again, a stop string cannot
+# cut it off, and it is not among the last TAIL_TOKENS of a choice that a stop string cut.
+FINAL_AFTER_TOKENS = 32 + TAIL_TOKENS
 
 Ints = NDArray[np.int64]
 
@@ -96,7 +96,7 @@ class PendingStats:
         totals["first"] = np.iinfo(np.uint32).max
         np.minimum.at(totals["first"], rows, tokens["position"])
         np.maximum.at(totals["end"], rows, tokens["position"] + 1)
-        add_tokens(totals, rows, tokens)
+        add_tokens(totals, rows, tokens, tokens["position"])
         return totals[totals["tokens"] > 0]
 
 
@@ -138,11 +138,12 @@ class SlotTable:
 
     def add(self, step_stats: NDArray[np.int32]) -> None:
         """Take the rows of one or more steps, [recorder.STEP_FIELDS, rows], to the API servers that want them."""
-        slots, positions, before, after, steps = step_stats
+        slots, positions, before, after, varentropy, steps = step_stats
         tokens = np.empty(len(slots), dtype=TOKEN_DTYPE)
         tokens["request_number"], tokens["choice"] = self.request_number[slots], self.choice[slots]
         tokens["position"], tokens["steps"] = positions, steps
-        tokens["before"], tokens["after"] = before.view(np.float32), after.view(np.float32)
+        for name, values in (("before", before), ("after", after), ("varentropy", varentropy)):
+            tokens[name] = values.view(np.float32)
         route_of_row = np.where(positions < 0, -1, self.route[slots])
         for route in set(route_of_row.tolist()) - {-1}:
             pending, per_token = self.routes[route]

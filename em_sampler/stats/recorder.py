@@ -24,7 +24,7 @@ from torch import Tensor
 from em_sampler.stats import transport
 from em_sampler.stats.aggregator import PendingStats, ReturnAddress, SlotTable
 from em_sampler.stats.wire import MAX_ROWS, StructuredArray, pack
-from em_sampler.transforms.batch import TransformOutput
+from em_sampler.transforms.batch import STATS, TransformOutput
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ FLUSH_INTERVAL_S = 0.25
 IDLE_SLEEP_S = 0.1
 MAX_EVENTS = 2**16  # that wait for the thread: far more than it leaves in IDLE_SLEEP_S. One more, and it is replaced
 RESTART_INTERVAL_S = 1.0  # at least so long between two starts of the thread
-STEP_FIELDS = 5  # slot, position, entropy before and after (float32 by their bits), steps
+STEP_FIELDS = 2 + STATS  # slot, position, and what the transform measured
 
 Assignment = tuple[int, ReturnAddress | None]  # of a slot
 

@@ -11,13 +11,16 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from em_sampler.params import MAX_STEPS
+from em_sampler.params import CUT, MAX_STEPS
 
 # Upper bounds of the histograms' buckets, in nats; one more bucket is above the last. ln 160,000 = 12.
 ENTROPY_BUCKETS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0, 10.0, 12.0)
 
-# One token's entropy before and after the method, and the gradient steps between them.
-VALUES_DTYPE = np.dtype([("before", "f4"), ("after", "f4"), ("steps", "i4")])
+TAIL_TOKENS = 32  # at the end of a choice, whose mean entropy a summary has; workers send these one by one
+
+# One token's entropy before and after the method, its varentropy before it (NaN: not asked for), and the gradient steps
+# between them (CUT: the method removed tokens).
+VALUES_DTYPE = np.dtype([("before", "f4"), ("after", "f4"), ("varentropy", "f4"), ("steps", "i4")])
 # The same with the token's place: request (numbered by its API server), choice, and position in the choice.
 TOKEN_DTYPE = np.dtype([("request_number", "u8"), ("choice", "u4"), ("position", "u4"), *VALUES_DTYPE.descr])
 HISTOGRAMS = ("before", "after", "reduction")
@@ -29,18 +32,22 @@ TOTALS_DTYPE = np.dtype(
         ("first", "u4"),
         ("end", "u4"),
         ("tokens", "u8"),
-        ("optimized", "u8"),  # tokens that took at least one step
+        ("optimized", "u8"),  # tokens whose distribution was changed
         ("steps", "u8"),
         ("passed_through", "u8"),  # tokens not measured
+        ("varentropy_sum", "f8"),
+        ("highest", "f4"),  # entropy before the method, and the position of a token that has it
+        ("highest_position", "u4"),
         *((f"{name}_sum", "f8") for name in HISTOGRAMS),
         *((f"{name}_counts", "u4", (len(ENTROPY_BUCKETS) + 1,)) for name in HISTOGRAMS),
     ]
 )
-SUMMED_FIELDS = [name for name in TOTALS_DTYPE.names or () if name not in ("request_number", "choice", "first", "end")]
+_NOT_SUMMED = ("request_number", "choice", "first", "end", "highest", "highest_position")
+SUMMED_FIELDS = [name for name in TOTALS_DTYPE.names or () if name not in _NOT_SUMMED]
 
 # The start of a message: what it is, whom it is for, and how many TOKEN and TOTALS rows follow. Since the worker's last
 # message: seconds spent in the transform, and rows lost on the way.
-MAGIC, VERSION = b"EMST", 1  # change VERSION with any of the types above or MAX_ROWS
+MAGIC, VERSION = b"EMST", 2  # change VERSION with any of the types above or MAX_ROWS
 HEADER_DTYPE = np.dtype(
     [
         ("magic", "S4"),
@@ -56,24 +63,33 @@ MAX_ROWS = 2048  # of a message; a worker with more sends several
 # What no worker can have measured is out of range.
 MAX_POSITION = 2**24
 MAX_NATS = 100.0
+MAX_VARENTROPY = MAX_NATS**2
 MAX_SECONDS = 1e6
 MAX_DROPPED = 2**40
 
 StructuredArray = NDArray[np.void]
 
 
-def add_tokens(totals: StructuredArray, rows: NDArray[np.intp], tokens: StructuredArray) -> None:
-    """Count `tokens` (VALUES or TOKEN, [n]) into `totals` (TOTALS), token i into row `rows[i]`."""
+def add_tokens(
+    totals: StructuredArray, rows: NDArray[np.integer], tokens: StructuredArray, positions: NDArray[np.integer]
+) -> None:
+    """Count `tokens` (VALUES or TOKEN, [n]), which have these positions, into `totals` (TOTALS), i into `rows[i]`."""
     measured = ~np.isnan(tokens["before"])
     np.add.at(totals["tokens"], rows, 1)
-    np.add.at(totals["optimized"], rows, tokens["steps"] > 0)
-    np.add.at(totals["steps"], rows, tokens["steps"].astype(np.uint64))
+    np.add.at(totals["optimized"], rows, tokens["steps"] != 0)
+    np.add.at(totals["steps"], rows, np.maximum(tokens["steps"], 0).astype(np.uint64))
     np.add.at(totals["passed_through"], rows, ~measured)
-    rows, before, after = rows[measured], tokens["before"][measured], tokens["after"][measured]
+    rows, tokens, positions = rows[measured], tokens[measured], positions[measured]
+    before, after = tokens["before"], tokens["after"]
     # Sums are exported as counters, which never fall: an entropy that rose counts as no reduction.
     for name, values in zip(HISTOGRAMS, (before, after, np.maximum(before - after, 0)), strict=True):
         np.add.at(totals[f"{name}_sum"], rows, values)
         np.add.at(totals[f"{name}_counts"], (rows, np.searchsorted(ENTROPY_BUCKETS, values)), 1)
+    np.add.at(totals["varentropy_sum"], rows, np.nan_to_num(tokens["varentropy"]))
+    order = np.lexsort((before, rows))
+    of_row = order[np.flatnonzero(np.diff(rows[order], append=-1))]  # each row's token with the highest entropy
+    for row, entropy, position in zip(rows[of_row], before[of_row], positions[of_row], strict=True):
+        _raise_highest(totals, row, entropy, position)
 
 
 def add_totals(target: StructuredArray, others: Iterable[np.void]) -> None:
@@ -81,6 +97,12 @@ def add_totals(target: StructuredArray, others: Iterable[np.void]) -> None:
     for other in others:
         for name in SUMMED_FIELDS:
             target[name] += other[name]
+        _raise_highest(target, 0, other["highest"], other["highest_position"])
+
+
+def _raise_highest(totals: StructuredArray, row: int, entropy: float, position: int) -> None:
+    if entropy > totals["highest"][row]:
+        totals["highest"][row], totals["highest_position"][row] = entropy, position
 
 
 class MessageError(Exception):
@@ -137,8 +159,9 @@ def tokens_in_range(tokens: StructuredArray) -> NDArray[np.bool_]:
     before, after = tokens["before"], tokens["after"]
     measured = (np.abs(before) <= MAX_NATS) & (np.abs(after) <= MAX_NATS)
     passed_through = np.isnan(before) & np.isnan(after)
-    steps = (tokens["steps"] >= 0) & (tokens["steps"] <= MAX_STEPS)
-    good: NDArray[np.bool_] = (measured | passed_through) & steps & (tokens["position"] < MAX_POSITION)
+    steps = (tokens["steps"] >= CUT) & (tokens["steps"] <= MAX_STEPS)
+    varentropy = np.isnan(tokens["varentropy"]) | (np.abs(tokens["varentropy"]) <= MAX_VARENTROPY)
+    good: NDArray[np.bool_] = (measured | passed_through) & steps & varentropy & (tokens["position"] < MAX_POSITION)
     return good
 
 
@@ -149,6 +172,8 @@ def totals_in_range(totals: StructuredArray) -> NDArray[np.bool_]:
     good &= tokens <= totals["end"] - totals["first"]
     good &= (totals["optimized"] <= tokens) & (totals["passed_through"] <= tokens)
     good &= totals["steps"] <= tokens * MAX_STEPS
+    good &= np.abs(totals["varentropy_sum"]) <= tokens * MAX_VARENTROPY
+    good &= (totals["highest"] >= 0) & (totals["highest"] <= MAX_NATS) & (totals["highest_position"] < MAX_POSITION)
     for name in HISTOGRAMS:
         good &= np.abs(totals[f"{name}_sum"]) <= tokens * MAX_NATS
         good &= totals[f"{name}_counts"].sum(axis=1, dtype=np.uint64) == tokens - totals["passed_through"]

@@ -4,6 +4,7 @@ Knows nothing of vLLM or of how a transform computes (reference.py is the plaine
 """
 
 import functools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
@@ -14,11 +15,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from em_sampler.params import AdaptiveTemperatureParams, EMInfParams, MeasureParams, Params
+from em_sampler.params import EMInfParams, Params
 
 # A logit this far below its row's maximum has probability 0 in float32 at every temperature allowed: exp(-1e6 / 10).
 # Standing in for -inf, it keeps 0 * -inf out of the sums.
 MASKED_LOGIT = -1e6
+STATS = 4  # numbers that a transform measures of a row
 
 
 class Method(IntEnum):
@@ -28,6 +30,11 @@ class Method(IntEnum):
     EM_INF = 1
     ADAPTIVE_TEMPERATURE = 2
     MEASURE = 3  # the method called "none": only the entropy is measured
+    # These remove tokens (the request's temperature counts); codes from P_LESS up are truncating methods.
+    P_LESS = 4
+    TOP_H = 5
+    TOP_N_SIGMA = 6
+    GREEDY_BELOW = 7
 
 
 class Column(IntEnum):
@@ -42,6 +49,12 @@ class Column(IntEnum):
     RATIO = 6
     MIN_TEMPERATURE = 7
     MAX_TEMPERATURE = 8
+    TEMPERATURE = 9  # the request's
+    NORMALIZED = 10  # 1: yes
+    ALPHA = 11
+    N = 12
+    P_MAX = 13
+    STATS = 14  # 1: the request wants stats, so the varentropy is measured too
 
 
 class TransformOutput(NamedTuple):
@@ -52,14 +65,15 @@ class TransformOutput(NamedTuple):
     """
 
     logits: Tensor  # [rows, vocab] float32, the tensor that was passed in
-    stats: (
-        Tensor  # [3, rows] int32: entropy before, entropy after (the bits of a float32 each), steps; one copy moves all
-    )
+    # [STATS, rows] int32: entropy before, entropy after, varentropy (the bits of a float32 each), steps. One copy moves
+    # all of them.
+    stats: Tensor
 
     @classmethod
-    def of(cls, logits: Tensor, before: Tensor, after: Tensor, steps: Tensor) -> "TransformOutput":
-        """Pack entropies before and after (float32, nats) and steps (int32), each [rows]."""
-        return cls(logits, torch.stack((before.view(torch.int32), after.view(torch.int32), steps)))
+    def of(cls, logits: Tensor, before: Tensor, after: Tensor, varentropy: Tensor, steps: Tensor) -> "TransformOutput":
+        """Pack entropies before and after and the varentropy (float32, nats) and steps (int32), each [rows]."""
+        floats = (each.view(torch.int32) for each in (before, after, varentropy))
+        return cls(logits, torch.stack((*floats, steps)))
 
     @property
     def entropy_before(self) -> Tensor:
@@ -72,9 +86,14 @@ class TransformOutput(NamedTuple):
         return self.stats[1].view(torch.float32)
 
     @property
+    def varentropy(self) -> Tensor:
+        """[rows] float32, nats squared: Var_p[log p] before the method. NaN unless the row's params ask for stats."""
+        return self.stats[2].view(torch.float32)
+
+    @property
     def steps(self) -> Tensor:
-        """[rows] int32: gradient steps taken; 1 for a row that adaptive temperature scaled."""
-        return self.stats[2]
+        """[rows] int32: gradient steps taken; 1 if adaptive temperature scaled the row, CUT if it lost tokens."""
+        return self.stats[3]
 
 
 @dataclass(frozen=True)
@@ -83,18 +102,27 @@ class BatchParams:
 
     values: Tensor  # [rows, len(Column)] float32, on the device of the logits
     # Over all rows, on the host, so that no loop has to ask the device. Only the eager form reads these two.
-    max_steps: int | None  # None: no row has EM-INF
-    any_adaptive: bool
+    max_steps: int  # of EM-INF; 0 if no row has it
+    methods: frozenset[str]  # names, as in `em_sampler.params.METHODS`
 
     @classmethod
-    def of(cls, params: Sequence[Params | None], device: torch.device | str = "cpu") -> "BatchParams":
-        """Pack one row per entry of `params`; None leaves its row alone. The copy to a GPU is not waited for."""
-        rows = np.array([pack_row(p) for p in params], dtype=np.float32).reshape(-1, len(Column))
+    def of(
+        cls,
+        params: Sequence[Params | None],
+        device: torch.device | str = "cpu",
+        temperatures: Sequence[float] | None = None,
+    ) -> "BatchParams":
+        """Pack one row per entry of `params`; None leaves its row alone. The copy to a GPU is not waited for.
+
+        `temperatures`: the requests', default 1. Only methods that remove tokens ask for them.
+        """
+        packed = map(pack_row, params, temperatures or [1.0] * len(params))
+        rows = np.array([*packed], dtype=np.float32).reshape(-1, len(Column))
         return cls(to_device(rows, torch.device(device)), *host_limits(params))
 
     def select(self, rows: Tensor) -> "BatchParams":
         """Return the params of `rows` (int64 [n])."""
-        return BatchParams(self.values.index_select(0, rows), self.max_steps, self.any_adaptive)
+        return BatchParams(self.values.index_select(0, rows), self.max_steps, self.methods)
 
     def __getitem__(self, column: Column) -> Tensor:
         """Return one column, [rows, 1]."""
@@ -102,30 +130,20 @@ class BatchParams:
 
 
 @functools.lru_cache(maxsize=1024)  # a batch is packed again whenever a request comes or goes
-def pack_row(params: Params | None) -> tuple[float, ...]:
-    """Return one row of `BatchParams.values`, in the order of `Column`."""
+def pack_row(params: Params | None, temperature: float = 1.0) -> tuple[float, ...]:
+    """Return one row of `BatchParams.values`, in the order of `Column`. `temperature` is the request's."""
     row = dict.fromkeys(Column, 0.0)
     if params is None:
         row[Column.METHOD] = Method.OFF
-    elif isinstance(params, MeasureParams):
-        row[Column.METHOD] = Method.MEASURE
-    elif isinstance(params, EMInfParams):
-        row |= {
-            Column.METHOD: Method.EM_INF,
-            Column.THRESHOLD: params.threshold,
-            Column.STEPS: params.steps,
-            Column.LEARNING_RATE: params.learning_rate,
-            Column.KL_WEIGHT: params.kl_weight,
-            Column.ADAM: params.optimizer == "adam",
-        }
-    else:
-        row |= {
-            Column.METHOD: Method.ADAPTIVE_TEMPERATURE,
-            Column.THRESHOLD: params.threshold,
-            Column.RATIO: params.ratio,
-            Column.MIN_TEMPERATURE: params.min_temperature,
-            Column.MAX_TEMPERATURE: params.max_temperature,
-        }
+        return tuple(row.values())
+    fields = {name.upper(): value for name, value in params}
+    row |= {column: fields[column.name] for column in Column if column.name in fields}
+    row[Column.ADAM] = fields.get("OPTIMIZER") == "adam"
+    row[Column.TEMPERATURE] = temperature
+    row[Column.STATS] = params.stats != "none"
+    row[Column.METHOD] = Method.MEASURE if params.method == "none" else Method[params.method.upper()]
+    if row[Column.METHOD] >= Method.P_LESS and temperature == 0:
+        row[Column.METHOD] = Method.MEASURE  # greedy: the top token is never removed
     return tuple(row.values())
 
 
@@ -137,23 +155,30 @@ def to_device(rows: NDArray[np.float32], device: torch.device) -> Tensor:
     return values.to(device, copy=True)
 
 
-def host_limits(params: Sequence[Params | None]) -> tuple[int | None, bool]:
-    """Return (max_steps, any_adaptive) over all of `params`."""
+def host_limits(params: Sequence[Params | None]) -> tuple[int, frozenset[str]]:
+    """Return (max_steps, methods) over all of `params`."""
     steps = [p.steps for p in params if isinstance(p, EMInfParams)]
-    return max(steps, default=None), any(isinstance(p, AdaptiveTemperatureParams) for p in params)
+    return max(steps, default=0), frozenset(p.method for p in params if p)
 
 
-def check_batch(logits: Tensor, params: Sequence[Params | None]) -> None:
-    """Check that a caller's logits and params fit together.
+def check_batch(logits: Tensor, params: Sequence[Params | None], temperatures: Sequence[float] | None = None) -> None:
+    """Check that a caller's logits, params and temperatures fit together.
 
     Raises:
-        ValueError: if the logits are not [rows, vocab] float32 with at least one logit per row, or `params` does not
-            have one entry per row.
+        ValueError: if the logits are not [rows, vocab] float32 with at least one logit per row, `params` or
+            `temperatures` does not have one entry per row, or a temperature is negative, infinite or NaN.
     """
     if logits.dim() != 2 or logits.dtype != torch.float32 or logits.shape[1] == 0:
         raise ValueError(f"logits must be [rows, vocab] float32, got {list(logits.shape)} {logits.dtype}")
     if len(params) != logits.shape[0]:
         raise ValueError(f"one entry of params per row: got {len(params)} for {logits.shape[0]} rows")
+    if temperatures is None:
+        return
+    if len(temperatures) != logits.shape[0]:
+        raise ValueError(f"one temperature per row: got {len(temperatures)} for {logits.shape[0]} rows")
+    for temperature in temperatures:
+        if not 0 <= temperature < math.inf:
+            raise ValueError(f"temperatures must be 0 or above and finite, got {temperature}")
 
 
 class Transform(Protocol):

@@ -78,11 +78,13 @@ class ReusableTransform:
         # By vocabulary, device and CUDA stream; the latest used comes last. Each with the most rows it can take.
         self._kept: OrderedDict[tuple[int, torch.device, int], tuple[Transform, int]] = OrderedDict()
 
-    def __call__(self, logits: Tensor, params: Sequence[Params | None]) -> TransformOutput:
+    def __call__(
+        self, logits: Tensor, params: Sequence[Params | None], temperatures: Sequence[float] | None = None
+    ) -> TransformOutput:
         """Transform `logits` [rows, vocab] float32 in place, row i by `params[i]`. The caller may keep the result."""
         packed = logits if _has_packed_rows(logits) else logits.contiguous()
         with self._lock, torch.cuda.device(logits.get_device()), torch.no_grad():  # -1: no GPU, so no change
-            output = self._fitting(packed)(packed, BatchParams.of(params, logits.device))
+            output = self._fitting(packed)(packed, BatchParams.of(params, logits.device, temperatures))
             stats = output.stats.clone()  # the next call may overwrite the original
             if packed is not logits:
                 logits.copy_(packed)
@@ -115,7 +117,9 @@ def _has_packed_rows(logits: Tensor) -> bool:
 _shared = ReusableTransform()
 
 
-def transform(logits: Tensor, params: Sequence[Params | None]) -> TransformOutput:
+def transform(
+    logits: Tensor, params: Sequence[Params | None], temperatures: Sequence[float] | None = None
+) -> TransformOutput:
     """Apply each row's method to `logits`, in place, with the fastest implementation for their device.
 
     The first call for a device and a vocabulary allocates memory and may compile; later calls reuse both.
@@ -123,12 +127,14 @@ def transform(logits: Tensor, params: Sequence[Params | None]) -> TransformOutpu
     Args:
         logits: [rows, vocab] float32, on any device. -inf (a forbidden token) stays -inf.
         params: one entry per row; None leaves its row untouched.
+        temperatures: at which each row is sampled afterwards, default 1; 0 is greedy. Only methods that remove tokens
+            ask for it: the logits are not divided by it.
 
     Raises:
-        ValueError: if shape, dtype or the number of params do not fit.
+        ValueError: if shape, dtype or the number of params or temperatures do not fit, or a temperature is negative.
 
     Source: arXiv 2505.15134, section 4 and appendix A. `em_sampler.transforms.reference` is the float64 reference;
     `em_sampler.transforms.eager.transform` does the same in plain torch.
     """
-    check_batch(logits, params)
-    return _shared(logits, params)
+    check_batch(logits, params, temperatures)
+    return _shared(logits, params, temperatures)

@@ -4,12 +4,12 @@ Closed-form gradients: no autograd, no loop over rows. It stands in if a device'
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from em_sampler.params import MAX_TEMPERATURE, MIN_TEMPERATURE, Params
+from em_sampler.params import CUT, MAX_TEMPERATURE, MIN_TEMPERATURE, Params
 from em_sampler.transforms.batch import MASKED_LOGIT, BatchParams, Column, Method, TransformOutput, check_batch
 from em_sampler.transforms.reference import BETA1, BETA2, EPSILON
 
@@ -24,14 +24,16 @@ BISECTIONS = math.ceil(math.log2(math.log(MAX_TEMPERATURE / MIN_TEMPERATURE) / 1
 NEWTON_STEPS = 2
 
 
-def transform(logits: Tensor, params: Sequence[Params | None]) -> TransformOutput:
+def transform(
+    logits: Tensor, params: Sequence[Params | None], temperatures: Sequence[float] | None = None
+) -> TransformOutput:
     """Apply each row's method to `logits`, in place and always by the eager implementation.
 
     Arguments, errors and source are those of `em_sampler.transforms.dispatch.transform`.
     """
-    check_batch(logits, params)
+    check_batch(logits, params, temperatures)
     eager = EagerTransform(logits.shape[1], logits.device, max_rows=logits.shape[0])
-    return eager(logits, BatchParams.of(params, logits.device))
+    return eager(logits, BatchParams.of(params, logits.device, temperatures))
 
 
 class EagerTransform:
@@ -50,7 +52,8 @@ class EagerTransform:
     def __call__(self, logits: Tensor, params: BatchParams) -> TransformOutput:
         """Transform `logits` [rows, vocab] float32 in place, row i by row i of `params`."""
         method, threshold = params[Column.METHOD].squeeze(1), params[Column.THRESHOLD].squeeze(1)
-        before = self._entropies(logits, method != Method.OFF)
+        before, varentropy = self._measure(logits, method != Method.OFF)
+        varentropy.masked_fill_(params[Column.STATS].squeeze(1) == 0, math.nan)
         after = before.clone()
         steps = torch.zeros(len(before), dtype=torch.int32, device=logits.device)
         if params.max_steps:
@@ -58,28 +61,37 @@ class EagerTransform:
             for rows in self._chunks(active):
                 h, steps[rows] = self._descend(logits, rows, active[rows], params.select(rows))
                 after[rows] = torch.where(active[rows], h, after[rows])
-        if params.any_adaptive:
+        if "adaptive_temperature" in params.methods:
             active = (method == Method.ADAPTIVE_TEMPERATURE) & (before > threshold)
             for rows in self._chunks(active):
                 h = self._adaptive_temperature(logits, rows, active[rows], params.select(rows), before[rows])
                 after[rows] = torch.where(active[rows], h, after[rows])
             steps += active
-        return TransformOutput.of(logits, before, after, steps)
+        if params.methods & _KEPT.keys():
+            active = (method >= Method.P_LESS) & ~before.isnan()
+            for rows in self._chunks(active):
+                h, cut = self._truncate(logits, rows, active[rows], params.select(rows))
+                after[rows] = torch.where(cut, h, after[rows])
+                steps[rows] = torch.where(cut, CUT, steps[rows])
+        return TransformOutput.of(logits, before, after, varentropy, steps)
 
     def _chunks(self, wanted: Tensor) -> tuple[Tensor, ...]:
         """Return the numbers (int64) of the rows to compute, in chunks that fit the workspace."""
         rows = wanted.nonzero().squeeze(1) if self.skip_idle_rows else torch.arange(len(wanted), device=wanted.device)
         return torch.split(rows, self.chunk_rows) if len(rows) else ()
 
-    def _entropies(self, logits: Tensor, wanted: Tensor) -> Tensor:
-        """Return the entropy [rows] in nats of every row that is wanted, and NaN for the others."""
-        entropies = torch.full((len(wanted),), math.nan, dtype=torch.float32, device=logits.device)
+    def _measure(self, logits: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the entropy and the varentropy [rows] of every row that is wanted, and NaN for the others."""
+        results = torch.full((2, len(wanted)), math.nan, dtype=torch.float32, device=logits.device)
         for rows in self._chunks(wanted):
             z, c, p, pc = self.buffers[:4, : len(rows)]
             torch.index_select(logits, 0, rows, out=z)
-            h = softmax_entropy(_below_peak(z, out=c), p, pc).squeeze(1)
-            entropies[rows] = torch.where(wanted[rows], h, math.nan)
-        return entropies
+            h = softmax_entropy(_below_peak(z, out=c), p, pc)
+            c.sub_(pc.sum(1, keepdim=True))
+            variance = p.mul_(c).mul_(c).sum(1)  # of log p, which is c less a constant
+            measured = torch.stack((h.squeeze(1), variance))
+            results[:, rows] = torch.where(wanted[rows], measured, math.nan)
+        return results[0], results[1]
 
     def _descend(self, logits: Tensor, rows: Tensor, active: Tensor, params: BatchParams) -> tuple[Tensor, Tensor]:
         """Apply EM-INF to `rows`; return their entropies and steps, each [n].
@@ -87,7 +99,6 @@ class EagerTransform:
         log p + H equals c = z - E_p[z], so the gradient needs no logarithm. It is exactly 0 on a uniform row: otherwise
         Adam would divide rounding noise by itself and step at random.
         """
-        assert params.max_steps is not None
         z, c, p, g, p0, m, v = self.buffers[:, : len(rows)]
         torch.index_select(logits, 0, rows, out=z)
         adam, rate = params[Column.ADAM], params[Column.LEARNING_RATE]
@@ -147,6 +158,59 @@ class EagerTransform:
         h = entropy_at(log_t)
         _write_back(logits, rows, z.div_(log_t.exp()), active.unsqueeze(1), spare=c)
         return h.squeeze(1)
+
+    def _truncate(self, logits: Tensor, rows: Tensor, active: Tensor, params: BatchParams) -> tuple[Tensor, Tensor]:
+        """Remove the tokens of `rows` that their methods do not keep; return (entropies, whether any was), each [n]."""
+        z, c, p, pc = self.buffers[:4, : len(rows)]
+        torch.index_select(logits, 0, rows, out=z)
+        words = z > -math.inf
+        _below_peak(z, out=c)
+        softmax_entropy(torch.div(c, params[Column.TEMPERATURE].clamp_min(1e-30), out=pc), p, pc)
+        kept = words
+        for name in sorted(params.methods & _KEPT.keys()):
+            keeps = _KEPT[name](p, z, words, params) | (c == 0)
+            kept = torch.where(params[Column.METHOD] == Method[name.upper()], kept & keeps, kept)
+        cut = active & (words & ~kept).any(1)
+        _write_back(logits, rows, z.masked_fill_(~kept, -math.inf), cut.unsqueeze(1), spare=pc)
+        h = softmax_entropy(c.masked_fill_(~kept, MASKED_LOGIT), p, pc)
+        return h.squeeze(1), cut
+
+
+def _kept_by_p_less(p: Tensor, z: Tensor, words: Tensor, params: BatchParams) -> Tensor:
+    collision, n = (p * p).sum(1, keepdim=True), words.sum(1, keepdim=True)
+    normalized = (n * collision - 1) / (n - 1).clamp_min(1)
+    return p >= torch.where(params[Column.NORMALIZED] > 0, normalized, collision)
+
+
+def _kept_by_top_h(p: Tensor, z: Tensor, words: Tensor, params: BatchParams) -> Tensor:
+    """Sort: the entropy of the k likeliest tokens rises with k. In float64, as sums over a prefix lose digits."""
+    descending = p.double().sort(1, descending=True).values
+    total = descending.cumsum(1)
+    entropies = total.log() - torch.xlogy(descending, descending).cumsum(1) / total
+    length = (entropies <= params[Column.ALPHA] * entropies[:, -1:]).sum(1, keepdim=True)
+    return p >= descending.gather(1, length.clamp_min(1) - 1)
+
+
+def _kept_by_top_n_sigma(p: Tensor, z: Tensor, words: Tensor, params: BatchParams) -> Tensor:
+    """In float64, as any finite number may be a logit."""
+    n = words.sum(1, keepdim=True)
+    below = z.double() - z.amax(1, keepdim=True)
+    mean = below.masked_fill(~words, 0).sum(1, keepdim=True) / n
+    variance = (below - mean).masked_fill(~words, 0).square().sum(1, keepdim=True) / n
+    return below >= -params[Column.N] * variance.sqrt()
+
+
+def _kept_by_greedy_below(p: Tensor, z: Tensor, words: Tensor, params: BatchParams) -> Tensor:
+    return p.amax(1, keepdim=True) >= params[Column.P_MAX]
+
+
+# What each truncating method keeps besides the top, [rows, vocab], of logits z and p = softmax(z / T).
+_KEPT: dict[str, Callable[[Tensor, Tensor, Tensor, BatchParams], Tensor]] = {
+    "p_less": _kept_by_p_less,
+    "top_h": _kept_by_top_h,
+    "top_n_sigma": _kept_by_top_n_sigma,
+    "greedy_below": _kept_by_greedy_below,
+}
 
 
 def _below_peak(z: Tensor, out: Tensor) -> Tensor:

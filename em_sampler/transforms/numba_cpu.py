@@ -15,8 +15,9 @@ from numba import njit
 from numpy.typing import NDArray
 from torch import Tensor
 
+from em_sampler.params import CUT
 from em_sampler.transforms import batch, torch_threads
-from em_sampler.transforms.batch import BatchParams, Column, Method, TransformOutput
+from em_sampler.transforms.batch import STATS, BatchParams, Column, Method, TransformOutput
 from em_sampler.transforms.reference import BETA1, BETA2, EPSILON
 
 Floats = NDArray[np.float32]
@@ -27,15 +28,19 @@ F, INT = np.float32, np.int32  # Numba widens the result of an operation unless 
 
 # As plain integers: Numba indexes no array with an enum.
 OFF, EM_INF, ADAPTIVE_TEMPERATURE = Method.OFF.value, Method.EM_INF.value, Method.ADAPTIVE_TEMPERATURE.value
+P_LESS, TOP_H, TOP_N_SIGMA = Method.P_LESS.value, Method.TOP_H.value, Method.TOP_N_SIGMA.value
 METHOD, THRESHOLD, STEPS = Column.METHOD.value, Column.THRESHOLD.value, Column.STEPS.value
 LEARNING_RATE, KL_WEIGHT, ADAM = Column.LEARNING_RATE.value, Column.KL_WEIGHT.value, Column.ADAM.value
 RATIO, MIN_TEMPERATURE = Column.RATIO.value, Column.MIN_TEMPERATURE.value
 MAX_TEMPERATURE = Column.MAX_TEMPERATURE.value
+TEMPERATURE, NORMALIZED = Column.TEMPERATURE.value, Column.NORMALIZED.value
+ALPHA, N, P_MAX, WANTS_STATS = Column.ALPHA.value, Column.N.value, Column.P_MAX.value, Column.STATS.value
 
 # The rows of `Workspace.work`, each with one number per distinct value of a row of logits: the value less the row's
 # peak, how many logits have it, how far it moved, its exponential, Adam's two moments, its probability at first.
 WORK_ROWS = 7
 VALUE, COUNT, MOVE, EXP, MOMENT1, MOMENT2, P0 = range(WORK_ROWS)
+SCALED = MOVE  # top_h moves nothing; it needs the values over the temperature
 
 BFLOAT16_SHIFT = np.uint32(16)  # a bfloat16 is the upper half of a float32; the upper half is the logit's bin
 BINS = 65_536
@@ -46,9 +51,14 @@ CUTOFF_NATS = 40.0  # a value further below the peak neither moves nor counts, a
 MIN_EXP_ARGUMENT = F(-87.0)  # of exp32; everything below counts as this
 ENTROPY_NOISE = 1.5e-36  # nats per logit: what logits at MIN_EXP_ARGUMENT seem to add to the entropy
 MASKED_LOGIT = F(batch.MASKED_LOGIT)
-INFINITY_BITS, NAN_BITS = INT(0x7F800000), INT(0x7FC00000)  # of float32
+INFINITY_BITS, MINUS_INFINITY_BITS, NAN_BITS = INT(0x7F800000), INT(-0x800000), INT(0x7FC00000)  # of float32
 SUM_BLOCK = 2048  # values summed in float32 before float64 takes over
 MIN_PARALLEL_LOGITS = 2**18  # in a batch; with fewer, waking the threads takes longer than the work
+
+ROUNDING = 2e-6  # relative, of float32's sums: a bound that is met to within it is met
+CUT_BLOCK = 64  # logits that are removed together, if none of them is kept
+GATHERED_NATS = (8.0, 13.0)  # top_h looks so far below the peak before it counts the row
+MIN_GATHERED = 1024  # logits; at most this many, or an eighth of the row, are worth to be listed
 
 TEMPERATURE_TOLERANCE = 1e-6  # relative
 MAX_TRIALS = 60  # of temperatures; bisection alone needs 24
@@ -81,6 +91,15 @@ class Workspace(NamedTuple):
     source: Ints  # [vocab], where each distinct value comes from: see `_fill_histogram`
 
 
+class Sums(NamedTuple):
+    """Sums over a row's logits, with y = (z - peak) / temperature and e = exp(y)."""
+
+    total: float  # of e
+    moment: float  # of e * y
+    square: float  # of e * y * y
+    squares: float  # of e * e
+
+
 class NumbaTransform:
     """The implementation for the CPU. Building it compiles the code, or loads it from disk.
 
@@ -105,7 +124,7 @@ class NumbaTransform:
     def __call__(self, logits: Tensor, params: BatchParams) -> TransformOutput:
         """Transform `logits` [rows, vocab] float32 in place, row i by row i of `params`."""
         rows, vocab = logits.shape
-        stats = np.empty((3, rows), dtype=np.int32)
+        stats = np.empty((STATS, rows), dtype=np.int32)
         # A torch operation costs as much as a row of a small model: only batches that need `as_strided` pay for it.
         flat = logits if logits.is_contiguous() else logits.as_strided(((rows - 1) * logits.stride(0) + vocab,), (1,))
         arguments = flat.detach().numpy().reshape(-1), logits.stride(0), params.values.numpy(), stats
@@ -137,17 +156,23 @@ def _transform_rows(
     Row i begins at flat[i * row_stride]. `params` is `BatchParams.values`, `stats` is `TransformOutput.stats`; the last
     four arguments are a `Workspace`.
     """
-    vocab, entropies, steps = work.shape[1], stats.view(np.float32), stats[2]
+    vocab, entropies, steps = work.shape[1], stats.view(np.float32), stats[3]
     for i in range(first, len(params), step):
         z, p = flat[i * row_stride : i * row_stride + vocab], params[i]
-        stats[0, i] = stats[1, i] = NAN_BITS
+        stats[0, i] = stats[1, i] = stats[2, i] = NAN_BITS
         steps[i] = 0
         if p[METHOD] == OFF:
             continue
         peak, on_grid, usable = _scan(z)
         if not usable:
             continue
-        h = _entropy(z, peak)
+        if p[WANTS_STATS] or (p[METHOD] == P_LESS and p[TEMPERATURE] == 1):
+            sums = _all_sums(z, peak, F(1))
+            if p[WANTS_STATS]:
+                entropies[2, i] = max(sums.square / sums.total - (sums.moment / sums.total) ** 2, 0.0)
+        else:
+            sums = _sums(z, peak)
+        h = _entropy(sums, len(z))
         entropies[0, i] = entropies[1, i] = h
         if p[METHOD] == EM_INF and h >= p[THRESHOLD] and p[STEPS] > 0:
             n, counted = _fill_histogram(z, peak, on_grid, CUTOFF_NATS, counts, table, work, source)
@@ -162,6 +187,13 @@ def _transform_rows(
             t, entropies[1, i] = _temperature(work[VALUE, :n], work[COUNT, :n], h, p)
             steps[i] = 1
             _divide(z, F(t))
+        elif p[METHOD] >= P_LESS:
+            if p[METHOD] == TOP_H:
+                lowest = _top_h(z, peak, on_grid, sums, p, counts, table, work, source)
+            else:
+                lowest = _lowest_kept(z, peak, sums, p)
+            if lowest > -np.inf:
+                steps[i], entropies[1, i] = _cut(z, F(peak), F(min(lowest, 0.0)), h)
 
 
 @compiled()
@@ -198,22 +230,49 @@ def exp32(x: Any) -> Any:
     return (p * r * r + r + F(1.0)) * power
 
 
-@compiled()
-def _entropy(z: Floats, peak: float) -> float:
-    """Return the entropy in nats of softmax(z)."""
-    total, mean = 0.0, 0.0
+@compiled(fuse=True)
+def _sums(z: Floats, peak: float) -> Sums:
+    """Return a row's sums at temperature 1, but for the last two."""
+    total, moment = 0.0, 0.0
     for start in range(0, len(z), SUM_BLOCK):
         block = z[start : start + SUM_BLOCK]
-        s, sx = F(0), F(0)
+        s, sy = F(0), F(0)
         for k in range(len(block)):
-            x = max(block[k] - F(peak), MIN_EXP_ARGUMENT)
-            e = exp32(x)
+            y = max(block[k] - F(peak), MIN_EXP_ARGUMENT)
+            e = exp32(y)
             s += e
-            sx += e * x
+            sy += e * y
         total += s
-        mean += sx
-    h = math.log(total) - mean / total
-    return h if h > len(z) * ENTROPY_NOISE else 0.0
+        moment += sy
+    return Sums(total, moment, 0.0, 0.0)
+
+
+@compiled(fuse=True)
+def _all_sums(z: Floats, peak: float, cold: Any) -> Sums:
+    """Return a row's sums at temperature 1 / cold."""
+    total, moment, square, squares = 0.0, 0.0, 0.0, 0.0
+    for start in range(0, len(z), SUM_BLOCK):
+        block = z[start : start + SUM_BLOCK]
+        s, sy, syy, ss = F(0), F(0), F(0), F(0)
+        for k in range(len(block)):
+            y = max((block[k] - F(peak)) * cold, MIN_EXP_ARGUMENT)
+            e = exp32(y)
+            s += e
+            sy += e * y
+            syy += e * y * y
+            ss += e * e
+        total += s
+        moment += sy
+        square += syy
+        squares += ss
+    return Sums(total, moment, square, squares)
+
+
+@compiled()
+def _entropy(sums: Sums, vocab: int) -> float:
+    """Return the entropy in nats of a row with such sums."""
+    h = math.log(sums.total) - sums.moment / sums.total
+    return h if h > vocab * ENTROPY_NOISE else 0.0
 
 
 @compiled()
@@ -443,3 +502,196 @@ def _entropy_at(x: Floats, w: Floats, log_t: float) -> tuple[float, float]:
         square += sxx
     mean /= total
     return max(math.log(total) - mean, 0.0), square / total - mean * mean
+
+
+@compiled()
+def _lowest_kept(z: Floats, peak: float, sums: Sums, params: Floats) -> float:
+    """Return how far below the peak (a number up to 0) a row's method, any but top_h, keeps tokens; -inf for all.
+
+    `sums`: `_sums` at temperature 1.
+    """
+    if params[METHOD] == TOP_N_SIGMA:
+        return -float(params[N]) * float(_deviation(z, peak))
+    temperature = float(params[TEMPERATURE])
+    if temperature != 1:
+        sums = _all_sums(z, peak, F(1 / temperature))
+    total = sums.total
+    if params[METHOD] == P_LESS:
+        bound = sums.squares / (total * total)
+        if params[NORMALIZED]:
+            n = _count_finite(z)
+            bound = (n * bound - 1) / max(n - 1, 1)
+        # Lower by float32's rounding, so that tokens whose probability is the bound stay.
+        return temperature * (math.log(bound * total) - ROUNDING) if bound > 0 else -np.inf
+    return 0.0 if 1 / total < params[P_MAX] else -np.inf
+
+
+@compiled()
+def _deviation(z: Floats, peak: float) -> float:
+    """Return the standard deviation of the finite logits; infinite if float32 cannot hold their squares."""
+    n = _count_finite(z)
+    mean = _sum_of_powers(z, F(peak), 1) / n
+    return math.sqrt(_sum_of_powers(z, F(peak + mean), 2) / n)
+
+
+@compiled()
+def _sum_of_powers(z: Floats, origin: Any, power: int) -> float:
+    """Return the sum of (z - origin)^power over the finite logits; power is 1 or 2."""
+    total = 0.0
+    for start in range(0, len(z), SUM_BLOCK):
+        block = z[start : start + SUM_BLOCK]
+        s = F(0)
+        for k in range(len(block)):
+            x = block[k] - origin if block[k] > -np.inf else F(0)
+            s += x * x if power == 2 else x
+        total += s
+    return total
+
+
+@compiled()
+def _count_finite(z: Floats) -> int:
+    n, bits = 0, z.view(np.int32)
+    for k in range(len(z)):
+        n += bits[k] != MINUS_INFINITY_BITS
+    return n
+
+
+@compiled()
+def _reaches(block: Floats, peak: Any, lowest: Any) -> bool:
+    """Return whether any logit is at most `lowest` below the peak."""
+    some = INT(0)
+    for k in range(len(block)):
+        some |= INT(block[k] - peak >= lowest)
+    return bool(some != 0)
+
+
+@compiled()
+def _cut(z: Floats, peak: Any, lowest: Any, h: float) -> tuple[int, float]:
+    """Remove the logits further below the peak than `lowest`; return (CUT if there were any, else 0; the entropy)."""
+    total, mean, cut = 0.0, 0.0, False
+    for start in range(0, len(z), CUT_BLOCK):
+        block = z[start : start + CUT_BLOCK]
+        if not _reaches(block, peak, lowest):
+            cut = cut or _count_finite(block) > 0
+            block[:] = -np.inf
+            continue
+        for k in range(len(block)):
+            x = block[k] - peak
+            if x >= lowest:
+                e = exp32(max(x, MIN_EXP_ARGUMENT))
+                total += e
+                mean += e * max(x, MIN_EXP_ARGUMENT)
+            else:
+                cut |= x > -np.inf
+                block[k] = -np.inf
+    return (CUT, max(math.log(total) - mean / total, 0.0)) if cut else (0, h)
+
+
+@compiled()
+def _top_h(
+    z: Floats,
+    peak: float,
+    on_grid: bool,
+    sums: Sums,
+    params: Floats,
+    counts: Ints,
+    table: Floats,
+    work: Floats,
+    source: Ints,
+) -> float:
+    """Return how far below the peak top_h keeps tokens: the lowest of the longest prefix with entropy alpha * H.
+
+    `sums`: `_sums` at temperature 1.
+    """
+    if params[ALPHA] == 1:
+        return -np.inf  # all tokens have the entropy itself, which sums in another order may miss
+    cold = 1 / float(params[TEMPERATURE])
+    if cold != 1:
+        sums = _all_sums(z, peak, F(cold))
+    limit = params[ALPHA] * _entropy(sums, len(z)) * (1 + ROUNDING)
+    for nats in GATHERED_NATS:
+        n = _gather(z, F(peak), F(-nats / cold), work)
+        if n and _weigh(work, n, cold) > limit:
+            return float(_lowest_of_prefix(work, n, limit))
+    cutoff = -MIN_EXP_ARGUMENT * max(params[TEMPERATURE], F(1))
+    n, _ = _fill_histogram(z, peak, on_grid, cutoff, counts, table, work, source)
+    return _lowest_of_prefix(work, n, limit) if _weigh(work, n, cold) > limit else -np.inf
+
+
+@compiled()
+def _gather(z: Floats, peak: Any, lowest: Any, work: Floats) -> int:
+    """List the logits down to `lowest` below the peak as the values in `work`; return their number, 0 if too many."""
+    n, most = 0, max(MIN_GATHERED, len(z) // 8)
+    for start in range(0, len(z), CUT_BLOCK):
+        block = z[start : start + CUT_BLOCK]
+        if not _reaches(block, peak, lowest):
+            continue
+        if n + len(block) > most:
+            return 0
+        for k in range(len(block)):
+            if block[k] - peak >= lowest:
+                work[VALUE, n], work[COUNT, n] = block[k] - peak, F(1)
+                n += 1
+    return n
+
+
+@compiled()
+def _weigh(work: Floats, n: int, cold: float) -> float:
+    """Fill work[SCALED] with the values times `cold`, work[EXP] with their weights; return their entropy in nats."""
+    x, w, y, e = work[VALUE, :n], work[COUNT, :n], work[SCALED, :n], work[EXP, :n]
+    total, mean = 0.0, 0.0
+    for k in range(n):
+        y[k] = max(x[k] * F(cold), MIN_EXP_ARGUMENT)
+        e[k] = exp32(y[k]) * w[k]
+        total += e[k]
+        mean += e[k] * y[k]
+    return math.log(total) - mean / total
+
+
+@compiled()
+def _lowest_of_prefix(work: Floats, n: int, limit: float) -> float:
+    """Return the lowest of the highest values in `work`, as many as have at most `limit` nats of entropy together.
+
+    If one of several equal values is among them, all are. The range that holds the answer is halved: the values above
+    the middle either all belong to the prefix, or the answer is one of them.
+    """
+    x, w, y, e = work[VALUE, :n], work[COUNT, :n], work[SCALED, :n], work[EXP, :n]
+    first, total, moment, answer = 0, 0.0, 0.0, 0.0  # the candidates are from `first` to n; sums over those above them
+    while first < n:
+        low, high = x[first], x[first]
+        for k in range(first, n):
+            low, high = min(low, x[k]), max(high, x[k])
+        middle = low + (high - low) / F(2)
+        middle = middle if middle > low else high
+        upper = first  # the candidates from `middle` up are moved before it
+        lowest, one, at = high, 0.0, 0.0
+        sum_upper, moment_upper = 0.0, 0.0
+        for k in range(first, n):
+            if x[k] >= middle:
+                x[k], x[upper] = x[upper], x[k]
+                w[k], w[upper] = w[upper], w[k]
+                y[k], y[upper] = y[upper], y[k]
+                e[k], e[upper] = e[upper], e[k]
+                sum_upper += e[upper]
+                moment_upper += e[upper] * y[upper]
+                if x[upper] <= lowest:
+                    lowest, one, at = x[upper], e[upper] / w[upper], y[upper]
+                upper += 1
+        sum_lowest, kept = 0.0, first  # those above the lowest of these are moved before `kept`
+        for k in range(first, upper):
+            if x[k] == lowest:
+                sum_lowest += e[k]
+            else:
+                x[k], x[kept] = x[kept], x[k]
+                w[k], w[kept] = w[kept], w[k]
+                y[k], y[kept] = y[kept], y[k]
+                e[k], e[kept] = e[kept], e[k]
+                kept += 1
+        s = total + sum_upper - sum_lowest + one
+        m = moment + moment_upper - (sum_lowest - one) * at
+        if math.log(s) - m / s <= limit:
+            first, answer = upper, lowest
+            total, moment = total + sum_upper, moment + moment_upper
+        else:
+            n = kept
+    return answer

@@ -1,12 +1,20 @@
-"""The reference: EM-INF and adaptive temperature for one row in float64, plain enough to check against the paper.
+"""The reference: every method for one row in float64, plain enough to check against its paper.
 
-The faster implementations are tested against this file. Source: arXiv 2505.15134, section 4 and appendix A.
+The faster implementations are tested against this file. Source of EM-INF and adaptive temperature: arXiv 2505.15134,
+section 4 and appendix A; of the methods that remove tokens: see their params.
 """
 
 import numpy as np
 import numpy.typing as npt
 
-from em_sampler.params import AdaptiveTemperatureParams, EMInfParams
+from em_sampler.params import (
+    AdaptiveTemperatureParams,
+    EMInfParams,
+    GreedyBelowParams,
+    PLessParams,
+    TopHParams,
+    TruncationParams,
+)
 
 Row = npt.NDArray[np.float64]  # [vocab]
 
@@ -25,6 +33,14 @@ def entropy(logits: Row) -> float:
     p = softmax(logits)
     p = p[p > 0]
     return float(-(p * np.log(p)).sum())
+
+
+def varentropy(logits: Row) -> float:
+    """Return the variance of log p, in nats squared, under p = softmax(logits)."""
+    p = softmax(logits)
+    p = p[p > 0]
+    log_p = np.log(p)
+    return float((p * log_p**2).sum() - (p * log_p).sum() ** 2)
 
 
 def gradient(logits: Row, p0: Row, kl_weight: float) -> Row:
@@ -72,3 +88,34 @@ def temperature(logits: Row, params: AdaptiveTemperatureParams) -> float:
         middle = (low * high) ** 0.5
         low, high = (middle, high) if entropy(z / middle) <= target else (low, middle)
     return low
+
+
+def kept(logits: Row, params: TruncationParams, request_temperature: float) -> npt.NDArray[np.bool_]:
+    """Return which tokens a method keeps [vocab]. Tokens as likely as the least likely of these stay, and the top."""
+    z = logits.astype(np.float64)
+    words = np.isfinite(z)
+    p = softmax(z / request_temperature)
+    if isinstance(params, PLessParams):
+        bound = (p**2).sum()
+        if params.normalized:
+            bound = (words.sum() * bound - 1) / max(words.sum() - 1, 1)
+    elif isinstance(params, TopHParams):
+        bound = _lowest_of_prefix(p, params.alpha)
+    elif isinstance(params, GreedyBelowParams):
+        bound = p.max() if p.max() < params.p_max else 0.0
+    else:
+        return np.asarray(words & (z >= z.max() - params.n * z[words].std()))
+    return np.asarray(words & ((p >= bound) | (z == z.max())))
+
+
+def _lowest_of_prefix(p: Row, alpha: float) -> float:
+    """Return the lowest probability in the longest prefix of the sorted p whose entropy is at most alpha * H.
+
+    The prefix has probability 1. Its entropy rises with each token: this one is no likelier than those before it.
+    """
+    descending = -np.sort(-p)
+    log_p = np.log(descending, where=descending > 0, out=np.zeros_like(descending))
+    total = np.cumsum(descending)
+    entropies = np.log(total) - np.cumsum(descending * log_p) / total
+    length = max(int((entropies <= alpha * entropies[-1]).sum()), 1)
+    return float(descending[length - 1])

@@ -11,7 +11,7 @@ import triton
 from torch import Tensor
 
 from em_sampler.transforms import triton_kernels as kernels
-from em_sampler.transforms.batch import BatchParams, TransformOutput
+from em_sampler.transforms.batch import STATS, BatchParams, TransformOutput
 
 MAX_GROUP_ROWS = 512  # of one launch: 133 kB of memory each
 # At most, of the kernels that share the chunks of active rows: three run on each of an H100's 132 multiprocessors.
@@ -46,7 +46,7 @@ class TritonTransform:
         self.vocab_size, self.max_rows = vocab_size, max(max_rows, 1)
         self.splits = triton.cdiv(vocab_size, kernels.CHUNK.value)
         self.group_rows = min(self.max_rows, MAX_GROUP_ROWS)
-        self.stats = torch.empty(3, self.max_rows, dtype=torch.int32, device=device)
+        self.stats = torch.empty(STATS, self.max_rows, dtype=torch.int32, device=device)
 
         def memory(dtype: torch.dtype, *shape: int) -> Tensor:
             return torch.empty(self.group_rows, *shape, dtype=dtype, device=device)

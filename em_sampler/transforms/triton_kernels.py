@@ -8,33 +8,41 @@ docs/the-transform.md.
 import triton
 import triton.language as tl
 
-from em_sampler.params import MAX_STEPS
+from em_sampler import params
 from em_sampler.transforms import reference
 from em_sampler.transforms.batch import Column, Method
 
 C = tl.constexpr  # Triton accepts no other globals, and no enums
 OFF, EM_INF = C(Method.OFF.value), C(Method.EM_INF.value)
 ADAPTIVE_TEMPERATURE = C(Method.ADAPTIVE_TEMPERATURE.value)
+P_LESS, TOP_H, TOP_N_SIGMA = C(Method.P_LESS.value), C(Method.TOP_H.value), C(Method.TOP_N_SIGMA.value)
+CUT = C(params.CUT)
 METHOD, THRESHOLD, STEPS = C(Column.METHOD.value), C(Column.THRESHOLD.value), C(Column.STEPS.value)
 LEARNING_RATE, KL_WEIGHT, ADAM = C(Column.LEARNING_RATE.value), C(Column.KL_WEIGHT.value), C(Column.ADAM.value)
 RATIO, MIN_TEMPERATURE = C(Column.RATIO.value), C(Column.MIN_TEMPERATURE.value)
 MAX_TEMPERATURE, COLUMNS = C(Column.MAX_TEMPERATURE.value), C(len(Column))
+TEMPERATURE, WANTS_STATS = C(Column.TEMPERATURE.value), C(Column.STATS.value)
+NORMALIZED, ALPHA = C(Column.NORMALIZED.value), C(Column.ALPHA.value)
+N, P_MAX = C(Column.N.value), C(Column.P_MAX.value)
 BETA1, BETA2, EPSILON = C(reference.BETA1), C(reference.BETA2), C(reference.EPSILON)
 
 CHUNK = C(4096)  # logits of one program
 # Of these, how many at a time: more would take the registers of another program.
 PART, LIST_PART = C(1024), C(512)
-PARTIALS = C(5)  # numbers that a program leaves of its chunk: see `row_stats_kernel`
-HISTORY, STEP_SCALARS = C(MAX_STEPS), C(3)  # a row's scalars of every step: the top, 1 / total, mean minus top
+PARTIALS = C(10)  # numbers that a program leaves of its chunk: see `row_stats_kernel`
+HISTORY, STEP_SCALARS = C(params.MAX_STEPS), C(3)  # a row's scalars of every step: the top, 1 / total, mean minus top
 # A row's scalars: see `row_scalars_kernel`.
-PEAK, TOTAL, MEAN, SPREAD, OFF_GRID, ENTROPY, HEAVY_FROM, ACTIVE, SCALARS = (C(i) for i in range(9))
+PEAK, TOTAL, MEAN, SPREAD, OFF_GRID, ENTROPY, HEAVY_FROM, ACTIVE, LOWEST, LIMIT, SCALARS = (C(i) for i in range(11))
 
 # The histogram: a cell is a sign, an octave and some bits of the distance from the row's centre. A row of EM-INF has 16
 # octaves, down from its own spread, with 7 bits each. A row of adaptive temperature has 32 octaves from 2^-16 up, with
-# 6 bits each: it may look further down.
+# 6 bits each: it may look further down. So has a row of top_h, from 2^-24 up: closer to the peak, tokens are tied.
 CELLS, CELLS_PER_SIGN = C(4096), C(2048)
-OCTAVES_EM_INF, MIN_OCTAVE_EM_INF, MIN_OCTAVE_ADAPTIVE = C(16), C(-100), C(-16)
+OCTAVES_EM_INF, MIN_OCTAVE_EM_INF, MIN_OCTAVE_ADAPTIVE, MIN_OCTAVE_TOP_H = C(16), C(-100), C(-16), C(-24)
 CELL_BITS_EM_INF, CELL_BITS_ADAPTIVE = C(16), C(17)  # a cell spans 2^this neighbouring float32 numbers
+# The cell of top_h's bound is counted again, in 4,096 parts, and one of these by each of its 32 numbers.
+CELL_NUMBERS, PART_NUMBERS = C(1 << CELL_BITS_ADAPTIVE.value), C(32)
+MAX_CUTOFF_TOP_H = C(255.0)  # nats; its histogram ends at 256
 # A cell packs into one integer how many logits fell into it and, in the lower bits, the sum of their positions in it.
 COUNT_SHIFT, POSITION_MASK = C(40), C((1 << 40) - 1)
 
@@ -60,6 +68,7 @@ FAINT, MAX_FAINT_TANGENT_MOVE = C(1e-7), C(1.0)
 SAME_X = C(3e-7)  # relative: two x this close are the same
 MAX_CELL_VARIANCE = C(0.1)  # beyond this variance within a cell, its second-order term says nothing
 
+ROUNDING = C(4e-6)  # relative, of float32's sums: a bound that is met to within it is met
 TEMPERATURE_TOLERANCE = C(1e-6)  # relative
 MAX_TRIALS = C(60)  # of temperatures; bisection alone needs 24
 
@@ -73,7 +82,10 @@ def row_stats_kernel(
 
     These are the maximum, the sum and the first moment of exp(z - maximum), the lowest logit within the cutoff of the
     maximum, and how many logits within this cutoff bfloat16 cannot represent, minus how many it can: infinite if the
-    chunk holds NaN or +inf. The list of active rows becomes empty.
+    chunk holds NaN or +inf. If stats are wanted, the second moment. For a method that removes tokens, how many logits
+    are finite, and three more: for top_n_sigma the mean of z - maximum over these and the sum of squares about it; for
+    the others the sum of e = exp((z - maximum) / T), its first moment and the sum of e^2. The list of active rows
+    becomes empty.
     """
     split, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     if (split == 0) & (row == 0):
@@ -94,6 +106,26 @@ def row_stats_kernel(
     tl.store(out + 2, tl.sum(e * below))
     tl.store(out + 3, tl.min(tl.where(near, z, peak)))
     tl.store(out + 4, tl.sum(off_grid))
+    p = params_ptr + row * COLUMNS
+    if tl.load(p + WANTS_STATS) != 0:
+        tl.store(out + 5, tl.sum(e * below * below))
+    method = tl.load(p + METHOD)
+    if method >= P_LESS:
+        finite = z > -float("inf")
+        n = tl.sum(finite.to(tl.float32))
+        tl.store(out + 6, n)
+        if method == TOP_N_SIGMA:
+            x = tl.where(finite, z - peak, 0.0)
+            mean = tl.sum(x) / tl.maximum(n, 1.0)
+            x = tl.where(finite, x - mean, 0.0)
+            tl.store(out + 7, mean)
+            tl.store(out + 8, tl.sum(x * x))
+        else:
+            y = tl.maximum((z - peak) / tl.load(p + TEMPERATURE), MIN_EXP_ARGUMENT)
+            e = tl.where(y > MIN_EXP_ARGUMENT, tl.exp(y), 0.0)
+            tl.store(out + 7, tl.sum(e))
+            tl.store(out + 8, tl.sum(e * y))
+            tl.store(out + 9, tl.sum(e * e))
 
 
 @triton.jit
@@ -109,13 +141,15 @@ def row_scalars_kernel(
     PEAK: the highest logit. TOTAL: the sum of exp(z - peak). MEAN: of z - peak, under the probabilities. SPREAD: the
     peak minus the lowest logit within the cutoff. OFF_GRID: how many logits bfloat16 cannot represent, minus how many
     it can. ENTROPY: NaN if the row is to be left as it is. HEAVY_FROM: the z - peak from which on a logit is heavy.
-    ACTIVE: 1 if its method changes the row, else 0.
+    ACTIVE: 1 if its method changes the row, or may, else 0. LOWEST: the z - peak from which on a method that removes
+    tokens keeps them; top_h finds it later, by LIMIT, the entropy that its tokens may have.
     """
     row = tl.program_id(0).to(tl.int64)
     p, out, stats = params_ptr + row * COLUMNS, scalars_ptr + row * SCALARS, stats_ptr + row
     if tl.load(p + METHOD) == OFF:
         tl.store(out + ACTIVE, 0.0)
         _store_stats(stats, stats_stride, float("nan"), float("nan"), 0)
+        _store_varentropy(stats, stats_stride, float("nan"))
         return
     split = tl.arange(0, SPLITS_POW2)
     at, mask = partials_ptr + (row * SPLITS + split) * PARTIALS, split < SPLITS
@@ -135,6 +169,17 @@ def row_scalars_kernel(
     method, threshold = tl.load(p + METHOD), tl.load(p + THRESHOLD)
     descends = (method == EM_INF) & (h >= threshold) & (tl.load(p + STEPS) > 0)
     active = descends | ((method == ADAPTIVE_TEMPERATURE) & (h > threshold))
+    variance = float("nan")
+    if tl.load(p + WANTS_STATS) != 0:
+        squares = tl.load(at + 5, mask=mask, other=0.0)
+        square = tl.sum((squares + 2 * below * moments + below * below * sums) * scale) / total
+        variance = tl.where(h >= 0, tl.maximum(square - mean * mean, 0.0), float("nan"))
+    _store_varentropy(stats, stats_stride, variance)
+    if method >= P_LESS:
+        lowest, limit = _bound(p, at, mask, peaks - peak)
+        tl.store(out + LOWEST, lowest)
+        tl.store(out + LIMIT, limit)
+        active = (h >= 0) & (lowest > -float("inf"))
     tl.store(out + PEAK, peak)
     tl.store(out + TOTAL, total)
     tl.store(out + MEAN, mean)
@@ -150,11 +195,52 @@ def row_scalars_kernel(
 
 
 @triton.jit
+def _bound(p, at, mask, peaks):
+    """Return (how far below the peak a method keeps tokens, up to 0 and -inf for all; the entropy that top_h allows).
+
+    From the partials of a row's chunks, whose peaks are relative to the row's. The first is 0 for top_h, unless it
+    keeps all.
+    """
+    method, temperature = tl.load(p + METHOD), tl.load(p + TEMPERATURE)
+    n = tl.load(at + 6, mask=mask, other=0.0)
+    first, second = tl.load(at + 7, mask=mask, other=0.0), tl.load(at + 8, mask=mask, other=0.0)
+    words = tl.maximum(tl.sum(n), 1.0)
+    lowest, limit = 0.0, 0.0
+    if method == TOP_N_SIGMA:
+        means = tl.where(n > 0, first + peaks, 0.0)
+        mean = tl.sum(n * means) / words
+        apart = tl.where(n > 0, means - mean, 0.0)
+        lowest = -tl.load(p + N) * tl.sqrt(tl.sum(second + n * apart * apart) / words)
+    else:
+        below = tl.maximum(peaks / temperature, MIN_EXP_ARGUMENT)
+        scale = tl.where(peaks / temperature > MIN_EXP_ARGUMENT, tl.exp(below), 0.0)
+        total = tl.sum(first * scale)
+        if method == TOP_H:
+            mean = tl.sum((second + first * below) * scale) / total
+            limit = tl.load(p + ALPHA) * tl.maximum(tl.log(total) - mean, 0.0) * (1 + ROUNDING)
+            lowest = tl.where(tl.load(p + ALPHA) < 1, 0.0, -float("inf"))
+        elif method == P_LESS:
+            bound = tl.sum(tl.load(at + 9, mask=mask, other=0.0) * scale * scale) / (total * total)
+            normalized = (words * bound - 1) / tl.maximum(words - 1, 1.0)
+            bound = tl.where(tl.load(p + NORMALIZED) != 0, normalized, bound)
+            lowest = temperature * (tl.log(tl.maximum(bound * total, 1e-37)) - ROUNDING)
+            lowest = tl.where(bound > 0, tl.minimum(lowest, 0.0), -float("inf"))
+        else:
+            lowest = tl.where(1 / total < tl.load(p + P_MAX), 0.0, -float("inf"))
+    return lowest, limit
+
+
+@triton.jit
+def _store_varentropy(stats, stats_stride, varentropy):
+    tl.store(stats + 2 * stats_stride, tl.full([], varentropy, tl.float32).to(tl.int32, bitcast=True))
+
+
+@triton.jit
 def _store_stats(stats, stats_stride, before, after, steps):
-    """Store a row of `TransformOutput.stats`."""
+    """Store a row of `TransformOutput.stats`, but for the varentropy."""
     tl.store(stats, tl.full([], before, tl.float32).to(tl.int32, bitcast=True))
     tl.store(stats + stats_stride, tl.full([], after, tl.float32).to(tl.int32, bitcast=True))
-    tl.store(stats + 2 * stats_stride, steps)
+    tl.store(stats + 3 * stats_stride, steps)
 
 
 @triton.jit
@@ -162,20 +248,23 @@ def _lay_out_cells(p, scalars):
     """Return the layout of a row's histogram: (centre, smallest octave's exponent, bits of a cell, cutoff in nats).
 
     The centre is relative to the peak. The moves of EM-INF are not smooth at its cut, where log p + H = 0: that is the
-    mean. Adaptive temperature depends most on the logits next to the peak, and the hotter it may become, the further
-    down it looks.
+    mean. Adaptive temperature and top_h depend most on the logits next to the peak, and the hotter it may become, the
+    further down they look.
     """
-    adaptive = tl.load(p + METHOD) == ADAPTIVE_TEMPERATURE
+    top_h = tl.load(p + METHOD) == TOP_H
+    adaptive = (tl.load(p + METHOD) == ADAPTIVE_TEMPERATURE) | top_h
     mean, spread = tl.load(scalars + MEAN), tl.load(scalars + SPREAD)
     outer = (spread.to(tl.int32, bitcast=True) >> 23) - 127 + 1  # the octave above the spread
     min_octave = tl.where(adaptive, MIN_OCTAVE_ADAPTIVE, tl.maximum(outer - OCTAVES_EM_INF, MIN_OCTAVE_EM_INF))
+    min_octave = tl.where(top_h, MIN_OCTAVE_TOP_H, min_octave)
     cell_bits = tl.where(adaptive, CELL_BITS_ADAPTIVE, CELL_BITS_EM_INF)
-    hottest = tl.maximum(tl.load(p + MAX_TEMPERATURE), 1.0)
+    hottest = tl.maximum(tl.load(p + tl.where(top_h, TEMPERATURE, MAX_TEMPERATURE)), 1.0)
+    cutoff = -MIN_EXP_ARGUMENT * hottest
     return (
         tl.where(adaptive, 0.0, mean),
         min_octave,
         cell_bits,
-        tl.where(adaptive, -MIN_EXP_ARGUMENT * hottest, CUTOFF_NATS_EM_INF),
+        tl.where(adaptive, tl.where(top_h, tl.minimum(cutoff, MAX_CUTOFF_TOP_H), cutoff), CUTOFF_NATS_EM_INF),
     )
 
 
@@ -212,12 +301,18 @@ def histogram_kernel(
     """
     for task in range(tl.program_id(0), tl.load(active_ptr) * SPLITS, tl.num_programs(0)):
         row, split = tl.load(active_ptr + 1 + task // SPLITS).to(tl.int64), task % SPLITS
-        heavies, bound = _count_chunk(
-            logits_ptr + row * row_stride, split * CHUNK, params_ptr + row * COLUMNS, scalars_ptr + row * SCALARS,
-            counts_ptr + row * CELLS, heavy_ptr + row * HEAVY + split * SLOTS, VOCAB, SLOTS,
-        )  # fmt: skip
-        tl.store(heavy_counts_ptr + row * SPLITS + split, heavies)
-        tl.store(heavy_from_ptr + row * SPLITS + split, bound)
+        logits, p = logits_ptr + row * row_stride, params_ptr + row * COLUMNS
+        scalars, counts = scalars_ptr + row * SCALARS, counts_ptr + row * CELLS
+        if tl.load(p + METHOD) < P_LESS:
+            heavies, bound = _count_chunk(
+                logits, split * CHUNK, p, scalars, counts, heavy_ptr + row * HEAVY + split * SLOTS, VOCAB, SLOTS
+            )
+            tl.store(heavy_counts_ptr + row * SPLITS + split, heavies)
+            tl.store(heavy_from_ptr + row * SPLITS + split, bound)
+        elif tl.load(p + METHOD) == TOP_H:  # the others know their bound
+            for part in range(0, CHUNK, PART):
+                below = _load_below(logits, split * CHUNK + part, scalars, VOCAB, PART)
+                _count(below, below <= 0, p, scalars, counts)
 
 
 @triton.jit
@@ -384,6 +479,13 @@ def solve_kernel(
         return
     centre, min_octave, cell_bits, cutoff = _lay_out_cells(p, scalars)
     counts, heavy, order = counts_ptr + row * CELLS, heavy_ptr + row * HEAVY, order_ptr + row * PARTICLES
+    if tl.load(p + METHOD) >= P_LESS:
+        logits = logits_ptr + row * row_stride
+        if WIDTH != NARROW:
+            _measure_kept(logits, scalars, stats_ptr + row, stats_stride, VOCAB)
+        elif tl.load(p + METHOD) == TOP_H:
+            tl.store(scalars + LOWEST, _find_lowest(logits, p, scalars, counts, VOCAB))
+        return
     if WIDTH == NARROW:
         # Adaptive temperature scales all logits alike: it needs no moves of cells.
         lowest = tl.where(tl.load(p + METHOD) == ADAPTIVE_TEMPERATURE, -float("inf"), -cutoff - centre)
@@ -592,11 +694,13 @@ def apply_kernel(
         history = history_ptr + row * HISTORY * STEP_SCALARS
         if tl.load(p + METHOD) == ADAPTIVE_TEMPERATURE:
             _divide_chunk(logits, split * CHUNK, tl.load(history), VOCAB)
+        elif tl.load(p + METHOD) >= P_LESS:
+            _cut_chunk(logits, split * CHUNK, scalars_ptr + row * SCALARS, VOCAB)
         else:
             _move_chunk(
                 logits, split * CHUNK, p, scalars_ptr + row * SCALARS, heavy_ptr + row * HEAVY + split * SLOTS,
                 tl.load(heavy_counts_ptr + row * SPLITS + split), tl.load(heavy_from_ptr + row * SPLITS + split),
-                moves_ptr + row * CELLS, history, tl.load(stats_ptr + 2 * stats_stride + row), VOCAB, SLOTS,
+                moves_ptr + row * CELLS, history, tl.load(stats_ptr + 3 * stats_stride + row), VOCAB, SLOTS,
             )  # fmt: skip
 
 
@@ -607,6 +711,149 @@ def _divide_chunk(logits, start, temperature, VOCAB: tl.constexpr):
         at = start + part + tl.arange(0, PART)
         z = tl.load(logits + at, mask=at < VOCAB, other=0.0)
         tl.store(logits + at, tl.div_rn(z, temperature), mask=at < VOCAB)
+
+
+@triton.jit
+def _cut_chunk(logits, start, scalars, VOCAB: tl.constexpr):
+    """Remove those logits of one chunk that are below the row's bound."""
+    lowest = tl.load(scalars + LOWEST)
+    for part in range(0, CHUNK, PART):
+        at = start + part + tl.arange(0, PART)
+        below = _load_below(logits, start + part, scalars, VOCAB, PART)
+        tl.store(logits + at, tl.full([PART], -float("inf"), tl.float32), mask=(at < VOCAB) & (below < lowest))
+
+
+@triton.jit
+def _measure_kept(logits, scalars, stats, stats_stride, VOCAB: tl.constexpr):
+    """Store the stats of a row from which a method removes tokens. The row is as it was before."""
+    lowest, h = tl.load(scalars + LOWEST), tl.load(scalars + ENTROPY)
+    total, moment, cut = 0.0, 0.0, 0
+    for start in range(0, VOCAB, CHUNK):
+        below = _load_below(logits, start, scalars, VOCAB, CHUNK)
+        y = tl.maximum(below, MIN_EXP_ARGUMENT)
+        e = tl.where((below >= lowest) & (below > MIN_EXP_ARGUMENT), tl.exp(y), 0.0)
+        total += tl.sum(e)
+        moment += tl.sum(e * y)
+        cut += tl.sum(((below < lowest) & (below > -float("inf"))).to(tl.int32))
+    after = tl.where(cut > 0, tl.maximum(tl.log(total) - moment / total, 0.0), h)
+    _store_stats(stats, stats_stride, h, after, tl.where(cut > 0, CUT, 0))
+
+
+@triton.jit
+def _find_lowest(logits, p, scalars, counts, VOCAB: tl.constexpr):
+    """Return how far below the peak top_h keeps tokens: the lowest of the longest prefix of its LIMIT; -inf for all.
+
+    The entropy of a prefix of the sorted tokens rises with its length. The histogram shows the cell in which it passes
+    the limit. The logits of this cell are counted again, by parts of the cell, and those nearer to the peak are added
+    up by themselves: with these sums, the limit may turn out to be passed in the cell before or after.
+    """
+    cold, limit, peak = 1 / tl.load(p + TEMPERATURE), tl.load(scalars + LIMIT), tl.load(scalars + PEAK)
+    on_grid = tl.where(tl.load(scalars + OFF_GRID) < 0, 1.0, 0.0)
+    k = tl.arange(0, CELLS_PER_SIGN)
+    nearest = (MIN_OCTAVE_TOP_H + 127) << 23  # the bits of the first cell's least distance from the peak
+    n, x, width = _read_cells(tl.load(counts + CELLS_PER_SIGN + k), nearest + k * CELL_NUMBERS, CELL_NUMBERS)
+    tops = (tl.load(counts) >> COUNT_SHIFT).to(tl.float32)
+    cell, above, above_moment = _pass_limit(
+        n, x, _cell_variance(n, -x, peak - x, width, on_grid), cold, tops, tops * 0.0, limit
+    )
+    last_cell = tl.max(tl.where(n > 0, k, -1))
+    cell = tl.minimum(cell, last_cell)
+    lowest = tl.full([], -float("inf"), tl.float32)
+    went_on, searching = 0, last_cell >= 0
+    while searching:
+        first = nearest + cell * CELL_NUMBERS
+        total, moment = _count_again(logits, scalars, counts, cold, first, CELL_NUMBERS, PART_NUMBERS, VOCAB)
+        part = tl.arange(0, CELLS)
+        parts, distance, _width = _read_cells(tl.load(counts + part), first + part * PART_NUMBERS, PART_NUMBERS)
+        found, above, above_moment = _pass_limit(parts, distance, parts * 0.0, cold, total, moment, limit)
+        before = tl.max(tl.where((n > 0) & (k < cell), k, -1))
+        after = tl.min(tl.where((n > 0) & (k > cell), k, CELLS_PER_SIGN))
+        if tl.log(total) - moment / total > limit:
+            # Passed before this cell; after going on, between this cell and the one before.
+            searching = (went_on == 0) & (before >= 0)
+            lowest = -(first - 1).to(tl.float32, bitcast=True)
+            cell = before
+        elif found == CELLS:
+            searching = after < CELLS_PER_SIGN
+            lowest = tl.full([], -float("inf"), tl.float32)
+            cell, went_on = after, 1
+        else:
+            first += found * PART_NUMBERS
+            lowest = _find_lowest_in_part(logits, scalars, counts, cold, first, above, above_moment, limit, VOCAB)
+            searching = cell < 0
+    return lowest
+
+
+@triton.jit
+def _find_lowest_in_part(logits, scalars, counts, cold, first, total, moment, limit, VOCAB: tl.constexpr):
+    """Return the lowest z - peak in a part of a cell, from `first` on, that belongs to the prefix.
+
+    `total` and `moment` are of the tokens above the part. If none of the part's belongs to the prefix, returns a number
+    between these and those. One of several equal tokens within the limit is enough: all of them stay.
+    """
+    _, _ = _count_again(logits, scalars, counts, cold, first, PART_NUMBERS, 1, VOCAB)
+    number = tl.arange(0, PART_NUMBERS)
+    n, x, _ = _read_cells(tl.load(counts + number), first + number, 1)
+    y = tl.maximum(-x * cold, MIN_EXP_ARGUMENT)
+    e = tl.exp(y)
+    weight = n * e
+    s = total + tl.cumsum(weight) - weight + e
+    m = moment + tl.cumsum(weight * y) - weight * y + e * y
+    last = tl.max(tl.where((n > 0) & (tl.log(s) - m / s <= limit), number, -1))
+    return -(first + last).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _read_cells(packed, first, NUMBERS: tl.constexpr):
+    """Return (count, mean distance from the peak, width) of cells of so many neighbouring numbers from `first` on."""
+    n = (packed >> COUNT_SHIFT).to(tl.float32)
+    position = (packed & POSITION_MASK).to(tl.float32) / tl.maximum(n, 1.0) / NUMBERS
+    low, high = first.to(tl.float32, bitcast=True), (first + NUMBERS).to(tl.float32, bitcast=True)
+    return n, low + (high - low) * position, high - low
+
+
+@triton.jit
+def _count_again(
+    logits, scalars, counts, cold, first, NUMBERS: tl.constexpr, PART: tl.constexpr, VOCAB: tl.constexpr
+):  # fmt: skip
+    """Count those logits of a row whose distance from the peak is among so many numbers from `first` on.
+
+    Each PART of these numbers has a cell, the first of them cell 0. Returns (the sum of exp(y) over the logits that are
+    nearer to the peak, its first moment), with y their z - peak times `cold`.
+    """
+    total, moment = tl.zeros([CHUNK], tl.float32), tl.zeros([CHUNK], tl.float32)  # by place in a chunk
+    tl.debug_barrier()  # until all threads of this program have read the counts
+    tl.store(counts + tl.arange(0, CELLS), tl.zeros([CELLS], tl.int64))
+    tl.debug_barrier()
+    for start in range(0, VOCAB, CHUNK):
+        below = _load_below(logits, start, scalars, VOCAB, CHUNK)
+        place = (below.to(tl.int32, bitcast=True) & 0x7FFFFFFF) - first
+        one = (tl.full([CHUNK], 1, tl.int64) << COUNT_SHIFT) + (place & (PART - 1))
+        inside = (below < 0) & (place >= 0) & (place < NUMBERS)
+        tl.atomic_add(counts + place // PART, one, mask=inside, sem="relaxed")
+        y = tl.maximum(below * cold, MIN_EXP_ARGUMENT)
+        e = tl.where(place < 0, tl.exp(y), 0.0)
+        total += e
+        moment += e * y
+    tl.debug_barrier()
+    return tl.sum(total), tl.sum(moment)
+
+
+@triton.jit
+def _pass_limit(n, x, variance, cold, total, moment, limit):
+    """Add cells of n logits at a distance x from the peak to a total and its moment, in order, up to a limit in nats.
+
+    Returns (the first cell with which the entropy is above the limit, or how many there are; total and moment before).
+    """
+    y = tl.maximum(-x * cold, MIN_EXP_ARGUMENT)
+    spread = tl.where(n < MIN_SPREAD_COUNT, 0.0, tl.minimum(cold * cold * variance, MAX_CELL_VARIANCE))
+    weight = n * tl.exp(y) * (1 + spread / 2)
+    moments = weight * y + n * tl.exp(y) * spread
+    s, m = total + tl.cumsum(weight), moment + tl.cumsum(moments)
+    k = tl.arange(0, n.shape[0])
+    cell = tl.min(tl.where(tl.log(s) - m / s > limit, k, n.shape[0]))
+    before = k < cell
+    return cell, total + tl.sum(tl.where(before, weight, 0.0)), moment + tl.sum(tl.where(before, moments, 0.0))
 
 
 @triton.jit

@@ -24,6 +24,7 @@ class ActiveRequest(NamedTuple):
     """A request with a method."""
 
     params: Params
+    temperature: float
     slot: int  # ours, for the recorder; stays the same when the row moves
     output_token_ids: list[int]  # vLLM's own list, which grows
 
@@ -73,7 +74,11 @@ class V1Processor(LogitsProcessor):
             return logits
         if self.batch_params is None or len(self.batch_params.values) != len(logits):
             requests = [self.active.get(row) for row in range(len(logits))]
-            self.batch_params = BatchParams.of([request and request.params for request in requests], self.device)
+            self.batch_params = BatchParams.of(
+                [request and request.params for request in requests],
+                self.device,
+                [request.temperature if request else 1.0 for request in requests],
+            )
             self.slots = self._on_device([request.slot if request else -1 for request in requests])
             self.output_token_ids = [request.output_token_ids if request else [] for request in requests]
         buffer = self.recorder.start_step()
@@ -88,7 +93,7 @@ class V1Processor(LogitsProcessor):
         params = params_of(sampling_params)
         if params:
             slot = self.free_slots.pop()
-            self.active[row] = ActiveRequest(params, slot, output_token_ids)
+            self.active[row] = ActiveRequest(params, sampling_params.temperature, slot, output_token_ids)
             self.recorder.assign(slot, ReturnAddress.from_extra_args(sampling_params.extra_args))
 
     def _remove(self, row: int) -> None:

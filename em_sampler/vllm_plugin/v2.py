@@ -50,7 +50,7 @@ class V2Processor(LogitsProcessor):
         params = self.params[req_idx] = params_of(sampling_params)
         self.recorder.assign(req_idx, ReturnAddress.from_extra_args(sampling_params.extra_args) if params else None)
         self.has_method[req_idx] = params is not None
-        self.table[req_idx] = pack_row(params)
+        self.table[req_idx] = pack_row(params, sampling_params.temperature)
         self.is_stale = True
         return bool(self.has_method[req_idx])
 
@@ -67,7 +67,7 @@ class V2Processor(LogitsProcessor):
             return logits
         values = self.device_table.index_select(0, ctx.expanded_idx_mapping)
         # Only the eager form asks for the limits, which take longer to find than the fast forms take to start.
-        limits = host_limits([self.params[slot] for slot in active]) if self.needs_limits else (None, False)
+        limits = host_limits([self.params[slot] for slot in active]) if self.needs_limits else (0, frozenset())
         batch_params = BatchParams(values, *limits)
         buffer = self.recorder.start_step()
         output = self.transform(logits, batch_params)

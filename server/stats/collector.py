@@ -19,6 +19,7 @@ from em_sampler.params import Params
 from em_sampler.stats import transport
 from em_sampler.stats.aggregator import ReturnAddress
 from em_sampler.stats.wire import (
+    TAIL_TOKENS,
     TOTALS_DTYPE,
     VALUES_DTYPE,
     MessageError,
@@ -37,7 +38,7 @@ METRICS_TIMEOUT_S = 5.0  # the same if no response waits, only the metrics
 POLL_INTERVAL_S = 0.1  # how often the socket is read while requests are in flight
 MAX_FRAMES_PER_TURN = 32  # of the event loop; about 30 ms if each is as large as can be
 
-TokenStats = tuple[float, float, int]  # entropy before and after in nats, steps
+TokenStats = tuple[float, float, float, int]  # entropy before and after, varentropy, steps: as in VALUES_DTYPE
 
 
 class ChoiceStats:
@@ -65,7 +66,7 @@ class ChoiceStats:
         positions = sorted(position for position in self.by_position if position < self.tokens)
         self.by_position = {position: self.by_position[position] for position in positions}
         values = np.array(list(self.by_position.values()), dtype=VALUES_DTYPE)
-        add_tokens(self.totals, np.zeros(len(values), dtype=np.intp), values)
+        add_tokens(self.totals, np.zeros(len(values), dtype=np.intp), values, np.array(positions, dtype=np.int64))
 
 
 class RequestStats:
@@ -249,6 +250,14 @@ def summarize(index: int, parts: Sequence[ChoiceStats], per_token: bool) -> dict
     row = totals[0]
     measured = int(row["tokens"] - row["passed_through"])
     tokens = sum(part.tokens for part in parts)
+    starts = itertools.accumulate((part.tokens for part in parts), initial=0)
+    highest, position = max(
+        (
+            (float(part.totals[0]["highest"]), start + int(part.totals[0]["highest_position"]))
+            for part, start in zip(parts, starts, strict=False)
+        ),
+        key=lambda place: place[0],
+    )
     summary: dict[str, Any] = {
         "index": index,
         "tokens": tokens,
@@ -256,6 +265,10 @@ def summarize(index: int, parts: Sequence[ChoiceStats], per_token: bool) -> dict
         "missing": max(0, tokens - int(row["tokens"])),
         "entropy_before": _nats(float(row["before_sum"]) / measured) if measured else None,
         "entropy_after": _nats(float(row["after_sum"]) / measured) if measured else None,
+        "entropy_max": _nats(highest) if measured else None,
+        "entropy_max_position": position if measured else None,
+        "entropy_tail": _tail(parts),
+        "varentropy": _nats(float(row["varentropy_sum"]) / measured) if measured else None,
         "steps": int(row["steps"]),
     }
     if per_token:
@@ -263,11 +276,23 @@ def summarize(index: int, parts: Sequence[ChoiceStats], per_token: bool) -> dict
     return summary
 
 
+def _tail(parts: Sequence[ChoiceStats]) -> float | None:
+    """Return the mean entropy before the method of the last TAIL_TOKENS tokens, of those that were measured."""
+    tail: list[float] = []
+    wanted = TAIL_TOKENS
+    for part in reversed(parts):
+        first = max(0, part.tokens - wanted)
+        tail += [part.by_position[i][0] for i in range(first, part.tokens) if i in part.by_position]
+        wanted -= part.tokens - first
+    measured = [entropy for entropy in tail if not math.isnan(entropy)]
+    return _nats(sum(measured) / len(measured)) if measured else None
+
+
 def _token(stats: TokenStats | None) -> dict[str, Any] | None:
     if stats is None:
         return None  # missing
-    before, after, steps = stats
-    return {"before": _nats(before), "after": _nats(after), "steps": steps}
+    before, after, varentropy, steps = stats
+    return {"before": _nats(before), "after": _nats(after), "varentropy": _nats(varentropy), "steps": max(steps, 0)}
 
 
 def _nats(entropy: float) -> float | None:

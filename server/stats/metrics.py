@@ -12,16 +12,18 @@ from em_sampler.params import METHODS
 from em_sampler.stats.wire import ENTROPY_BUCKETS, HISTOGRAMS, REJECTION_REASONS, StructuredArray
 
 HELP = {
-    "requests": "HTTP requests that asked for a method (em_inf, adaptive_temperature, or none: measured only), by how "
-    "they ended: completed, rejected (4xx), failed (5xx; an error in a stream counts by its code), aborted (the "
-    "client went away). A request rejected for its em_inf settings has the method unknown.",
+    "requests": "HTTP requests that asked for a method (none: measured only), by how they ended: completed, rejected "
+    "(4xx), failed (5xx; an error in a stream counts by its code), aborted (the client went away). A request rejected "
+    "for its em_inf settings has the method unknown.",
     "tokens": "Tokens of responses whose entropy was measured before they were sampled.",
-    "optimized_tokens": "Tokens whose distribution was changed: at least one step was taken.",
-    "steps": "Gradient steps taken by em_inf; for adaptive_temperature, one for each token that it scaled.",
+    "optimized_tokens": "Tokens whose distribution the method changed.",
+    "steps": "Gradient steps taken by em_inf; for adaptive_temperature, one for each token that it scaled; none for "
+    "methods that remove tokens.",
     "passed_through_tokens": "Tokens left as they were because their logits held NaN or +inf.",
     "missing_tokens": "Tokens whose statistics did not arrive in time; no other metric here counts them.",
     "entropy_before_nats": "Entropy of a token's distribution as the model gave it, at temperature 1.",
     "entropy_after_nats": "Entropy of a token's distribution as the method left it, before the request's temperature.",
+    "entropy_max_nats": "The highest entropy of a token in a choice, before the method, at temperature 1.",
     "entropy_reduction_nats": "By how much the method lowered a token's entropy; 0 if it did not.",
     "tracked_requests": "Requests whose statistics are being collected now: those in the engine, and a few just ended.",
     "records_dropped": "Statistics lost on the way from a worker to this server, so that sampling need not wait.",
@@ -73,6 +75,7 @@ class Metrics:
         self.passed_through = counter("passed_through_tokens")
         self.missing = counter("missing_tokens")
         self.histograms = {name: histogram(f"entropy_{name}_nats") for name in HISTOGRAMS}
+        self.highest = histogram("entropy_max_nats")
         self.tracked = gauge("tracked_requests", ("model",), "livesum")
         info = gauge("transform_info", ("model", "transform", "device"), "livemax")
         for transform in transforms:
@@ -86,7 +89,7 @@ class Metrics:
         """Create every series at the start, so that rates do not miss the first increment."""
         per_method = (self.tokens, self.optimized, self.steps, self.passed_through, self.missing)
         for method in METHODS:
-            for metric in (*per_method, *self.histograms.values()):
+            for metric in (*per_method, *self.histograms.values(), self.highest):
                 metric.labels(self.model, method)
             for outcome in OUTCOMES:
                 self.requests.labels(self.model, method, outcome)
@@ -110,6 +113,8 @@ class Metrics:
         self.missing.labels(self.model, method).inc(missing)
         for name, histogram in self.histograms.items():
             histogram.labels(self.model, method).add(row[f"{name}_counts"], float(row[f"{name}_sum"]))
+        if row["tokens"] > row["passed_through"]:
+            self.highest.labels(self.model, method).observe(float(row["highest"]))
 
     def observe_worker(self, seconds: float, dropped: int) -> None:
         """Add the seconds a worker spent in the transform and the stats it lost, since its last message."""

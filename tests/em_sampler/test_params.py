@@ -10,6 +10,7 @@ from em_sampler.params import (
     METHODS,
     RETURN_ADDRESS_KEY,
     MeasureParams,
+    PLessParams,
     flat_keys,
     from_extra_args,
     parse_params,
@@ -138,6 +139,28 @@ def test_extra_args_that_cannot_be_used_are_refused(extra_args: dict[str, Any], 
     with pytest.raises(ParamsError) as caught:
         from_extra_args(extra_args)
     assert caught.value.field == field
+
+
+@pytest.mark.parametrize(("value", "wanted"), [(1, True), (0, False), (True, True), (False, False)])
+def test_a_flat_boolean_may_be_a_number(value: object, wanted: bool) -> None:
+    """Numbers are what `vllm_xargs` makes of JSON's true and false."""
+    assert from_extra_args({"em_inf_method": "p_less", "em_inf_normalized": value}) == PLessParams(normalized=wanted)
+
+
+OUT_OF_RANGE = {
+    "p_less": ("normalized", "yes", "true or false"),
+    "top_h": ("alpha", 0, "a number above 0, up to 1"),
+    "top_n_sigma": ("n", 20.5, "a number above 0, up to 20"),
+    "greedy_below": ("p_max", 1.5, "a number above 0, up to 1"),
+}
+
+
+@pytest.mark.parametrize("method", OUT_OF_RANGE)
+def test_a_value_out_of_range_is_named_with_the_range(method: str) -> None:
+    field, value, allowed = OUT_OF_RANGE[method]
+    with pytest.raises(ParamsError, match=rf"em_inf\.{field}: got .*{value}.*; must be {allowed}"):
+        parse_params({"method": method, field: value})
+    assert parse_params({"method": method}) == METHODS[method]()
 
 
 def test_unknown_flat_names_end_the_reading() -> None:

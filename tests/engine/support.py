@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 import demo
-from em_sampler.params import parse_params
+from em_sampler.params import CUT, TruncationParams, parse_params
+from em_sampler.stats.wire import TAIL_TOKENS
 from em_sampler.transforms import reference
 from tests.engine.launch import API_KEY, ROOT, Server
 
@@ -72,8 +73,8 @@ def logprob_rows(choice: dict[str, Any]) -> np.ndarray[Any, Any]:
     return np.array([[row[name] for name in names] for row in choice["logprobs"]["top_logprobs"]])
 
 
-def check_stats(response: dict[str, Any], em_inf: dict[str, Any]) -> int:
-    """Check the stats of every token of a response against the reference; return the number of tokens."""
+def check_stats(response: dict[str, Any], em_inf: dict[str, Any], temperature: float = 1.0) -> int:
+    """Check a response's stats against the reference; return the number of tokens. `temperature`: the request's."""
     count = 0
     for choice, summary in zip(response["choices"], response["em_inf"], strict=True):
         rows = logprob_rows(choice)
@@ -83,23 +84,29 @@ def check_stats(response: dict[str, Any], em_inf: dict[str, Any]) -> int:
         assert summary["missing"] == 0
         before = [token["before"] for token in per_token]
         assert np.abs(np.array(before) - [reference.entropy(row) for row in rows]).max() < 1e-4
-        params = parse_params(em_inf)
+        params, changed = parse_params(em_inf), 0
         for row, token in zip(rows, per_token, strict=True):
-            after, steps = reference_stats(row, params)
+            after, steps = reference_stats(row, params, temperature)
             # So near the threshold, float32 may fall on either side of it.
             if abs(token["before"] - getattr(params, "threshold", -1)) > 1e-4:
-                assert token["steps"] == steps
+                assert token["steps"] == max(steps, 0)
                 assert abs(token["after"] - after) < 5e-3  # float32 over many steps; adam magnifies rounding
+            changed += steps == CUT or token["steps"] > 0
         assert summary["steps"] == sum(token["steps"] for token in per_token)
-        assert summary["optimized_tokens"] == sum(token["steps"] > 0 for token in per_token)
+        assert summary["optimized_tokens"] == changed
+        varentropies = [reference.varentropy(row) for row in rows]
+        assert [token["varentropy"] for token in per_token] == pytest.approx(varentropies, abs=1e-3)
+        assert summary["varentropy"] == pytest.approx(np.mean(varentropies), abs=1e-3)
+        assert (summary["entropy_max"], before[summary["entropy_max_position"]]) == (max(before), max(before))
+        assert summary["entropy_tail"] == pytest.approx(np.mean(before[-TAIL_TOKENS:]), abs=2e-6)
         assert summary["entropy_before"] == pytest.approx(np.mean(before), abs=2e-6)
         assert summary["entropy_after"] == pytest.approx(np.mean([token["after"] for token in per_token]), abs=2e-6)
         count += len(rows)
     return count
 
 
-def reference_stats(row: reference.Row, params: Any) -> tuple[float, int]:
-    """Return the entropy after the method, in nats, and the steps that the reference takes."""
+def reference_stats(row: reference.Row, params: Any, temperature: float) -> tuple[float, int]:
+    """Return the entropy after the method, in nats, and the steps by the reference; CUT if it removes tokens."""
     if params.method == "em_inf":
         changed, steps = reference.em_inf(row, params)
         return reference.entropy(changed), steps
@@ -107,6 +114,9 @@ def reference_stats(row: reference.Row, params: Any) -> tuple[float, int]:
         return reference.entropy(row / reference.temperature(row, params)), int(
             reference.entropy(row) > params.threshold
         )
+    if isinstance(params, TruncationParams) and temperature > 0:
+        kept = reference.kept(row, params, temperature)
+        return reference.entropy(np.where(kept, row, -np.inf)), 0 if kept.all() else CUT
     return reference.entropy(row), 0
 
 

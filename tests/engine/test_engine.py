@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from em_sampler.params import parse_params
+from em_sampler.params import TruncationParams, parse_params
 from em_sampler.transforms import reference
 from tests.engine.launch import Server, offline
 from tests.engine.support import ADAPTIVE, ALL_LOGPROBS, EM, STRONG, UNSURE, complete, tokens
@@ -30,9 +30,25 @@ def test_without_em_inf_the_tokens_are_those_of_plain_vllm(engine: Server) -> No
 @pytest.mark.essential
 def test_sampled_frequencies_match_the_reference(engine: Server) -> None:
     """One position, many seeds, four distributions sampled in one mixed batch."""
+    configs: list[tuple[Any, float]] = [(None, 1.0), (EM, 1.0), (EM, 2.0), (ADAPTIVE, 1.0)]  # em_inf, temperature
+    check_frequencies(engine, configs)
+
+
+def test_sampled_frequencies_match_the_reference_if_tokens_are_removed(engine: Server) -> None:
+    """At temperature 2 the methods keep other tokens than at 1."""
+    configs: list[tuple[Any, float]] = [
+        ({"method": "top_h", "alpha": 0.6}, 2.0),
+        ({"method": "top_n_sigma", "n": 1.5}, 2.0),
+        ({"method": "p_less"}, 2.0),
+        ({"method": "greedy_below", "p_max": 0.9}, 2.0),
+    ]
+    check_frequencies(engine, configs)
+
+
+def check_frequencies(engine: Server, configs: list[tuple[Any, float]]) -> None:
+    """Check the tokens sampled by each (em_inf, temperature) of a mixed batch by chi-square; tell all of them apart."""
     logprobs = full_row(complete(engine, FULL_ROW)[0])
     assert reference.entropy(logprobs) > 0.7, "the model is too sure of the next token for this test"
-    configs: list[tuple[Any, float]] = [(None, 1.0), (EM, 1.0), (EM, 2.0), (ADAPTIVE, 1.0)]  # em_inf, temperature
     rounds, n = (8, 100) if engine.runner == "v1" else (1, 150)
     shared = {"prompt": UNSURE, "max_tokens": 1, "n": n}
     bodies = [
@@ -45,9 +61,9 @@ def test_sampled_frequencies_match_the_reference(engine: Server) -> None:
         sampled = [tokens(response, choice)[0] for response in responses[a :: len(configs)] for choice in range(n)]
         counts = np.bincount(sampled, minlength=len(logprobs))
         assert counts.sum() == rounds * n
-        expected = reference.softmax(transformed_row(logprobs, em) / t)
+        expected = reference.softmax(transformed_row(logprobs, em, t) / t)
         assert p_value(counts, expected) > 1e-4, (em, t)
-        others = [reference.softmax(transformed_row(logprobs, e) / u) for e, u in configs if (e, u) != (em, t)]
+        others = [reference.softmax(transformed_row(logprobs, e, u) / u) for e, u in configs if (e, u) != (em, t)]
         assert max(p_value(counts, other) for other in others) < 1e-4, "too few samples to tell the distributions apart"
 
 
@@ -57,13 +73,15 @@ def full_row(response: dict[str, Any]) -> reference.Row:
     return np.array([by_name[f"token_id:{token}"] for token in range(len(by_name))])
 
 
-def transformed_row(logprobs: reference.Row, em: Any) -> reference.Row:
-    """Return `logprobs` [vocab] after the method, by the reference."""
+def transformed_row(logprobs: reference.Row, em: Any, temperature: float) -> reference.Row:
+    """Return `logprobs` [vocab] after the method of a request with this temperature, by the reference."""
     params = parse_params(em)
     if params is None:
         return logprobs
     if params.method == "em_inf":
         return reference.em_inf(logprobs, params)[0]
+    if isinstance(params, TruncationParams):
+        return np.where(reference.kept(logprobs, params, temperature), logprobs, -np.inf)
     return logprobs / reference.temperature(logprobs, params)
 
 
@@ -76,11 +94,13 @@ def p_value(counts: np.ndarray[Any, Any], p: reference.Row) -> float:
         observed, expected = observed[:-1], expected[:-1]
         if observed.sum() != counts.sum():
             return 0.0
+    if len(observed) == 1:  # one token alone can be sampled, and was
+        return 1.0
     return float(stats.chisquare(observed, expected * observed.sum() / expected.sum()).pvalue)
 
 
 def test_requests_in_a_mixed_batch_sample_the_same_tokens_as_alone(engine: Server) -> None:
-    methods: list[Any] = [EM, None, ADAPTIVE, EM | {"optimizer": "sgd", "learning_rate": 2.0}, None]
+    methods: list[Any] = [EM, None, ADAPTIVE, EM | {"optimizer": "sgd", "learning_rate": 2.0}, {"method": "top_h"}]
     for round_ in range(3 if engine.runner == "v1" else 1):
         bodies = [
             {"prompt": PROMPTS[i % 4], "seed": 10 * round_ + i, "temperature": 1.5, "max_tokens": 5 + 3 * i}

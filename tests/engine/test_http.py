@@ -44,9 +44,16 @@ def test_chat(client: openai.OpenAI, greedy: str) -> None:
 def test_the_flat_form_means_the_same(client: openai.OpenAI, greedy: str) -> None:
     flat = {f"em_inf_{name}": value for name, value in STRONG.items()}
     assert text(chat(client, extra_body={"vllm_xargs": flat})) == greedy
-    mild = {"method": "adaptive_temperature", "ratio": 0.6}
-    flat_mild = {f"em_inf_{name}": value for name, value in mild.items()}
-    assert text(chat(client, extra_body={"vllm_xargs": flat_mild})) == text(chat(client, mild))
+    mild: list[dict[str, Any]] = [
+        {"method": "adaptive_temperature", "ratio": 0.6},
+        {"method": "p_less", "normalized": True},
+        {"method": "top_h", "alpha": 0.7},
+    ]
+    for settings in mild:
+        flat_mild = {f"em_inf_{name}": value for name, value in settings.items()}
+        assert text(chat(client, extra_body={"vllm_xargs": flat_mild})) == text(chat(client, settings))
+    always_greedy = {"em_inf_method": "greedy_below", "em_inf_p_max": 1}
+    assert text(chat(client, temperature=2, extra_body={"vllm_xargs": always_greedy})) == greedy
     assert text(chat(client, extra_body={"vllm_xargs": {"em_inf": True}})) == text(chat(client, True))
 
 
@@ -190,6 +197,8 @@ def test_malformed_bodies(v1: Server, greedy: str, body: bytes) -> None:
         ({"em_inf_threshold": 99}, "body.vllm_xargs.em_inf_threshold"),
         ({"em_inf_optimizer": "lion"}, "body.vllm_xargs.em_inf_optimizer"),
         ({"em_inf_unknown": 1}, "body.vllm_xargs.em_inf_unknown"),
+        ({"em_inf_method": "top_h", "em_inf_alpha": 0}, "body.vllm_xargs.em_inf_alpha"),
+        ({"em_inf_method": "p_less", "em_inf_normalized": 2}, "body.vllm_xargs.em_inf_normalized"),
     ],
 )
 def test_bad_flat_values(client: openai.OpenAI, xargs: dict[str, Any], param: str) -> None:

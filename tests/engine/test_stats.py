@@ -13,7 +13,8 @@ from tests.engine.support import ADAPTIVE, ALL_LOGPROBS, CHAT, EM, UNSURE, check
 pytestmark = pytest.mark.engine
 
 NONE = {"method": "none"}
-METHOD_SETTINGS: list[Any] = [EM, NONE, ADAPTIVE, EM | {"optimizer": "sgd", "learning_rate": 2.0}]
+TOP_H, P_LESS = {"method": "top_h"}, {"method": "p_less"}
+METHOD_SETTINGS: list[Any] = [EM, NONE, ADAPTIVE, EM | {"optimizer": "sgd", "learning_rate": 2.0}, TOP_H, P_LESS]
 
 
 @pytest.mark.essential
@@ -27,7 +28,7 @@ def test_every_tokens_stats_match_the_reference(engine: Server) -> None:
             "temperature": 1.5,
         }
         | ALL_LOGPROBS
-        | {"em_inf": METHOD_SETTINGS[i % 4] | {"stats": "tokens"}, "n": 3 if i % 7 == 3 else 1}
+        | {"em_inf": METHOD_SETTINGS[i % 6] | {"stats": "tokens"}, "n": 3 if i % 7 == 3 else 1}
         | ({"temperature": 0, "n": 1} if i % 9 == 5 else {})
         for i in range(40 if engine.runner == "v1" else 10)
     ]
@@ -35,7 +36,10 @@ def test_every_tokens_stats_match_the_reference(engine: Server) -> None:
     preempted = engine.metric("vllm:num_preemptions_total")
     responses = complete(engine, *bodies, *plain)
     assert engine.metric("vllm:num_preemptions_total") > preempted, "no request was preempted"
-    checked = sum(check_stats(response, body["em_inf"]) for response, body in zip(responses, bodies, strict=False))
+    checked = sum(
+        check_stats(response, body["em_inf"], body["temperature"])
+        for response, body in zip(responses, bodies, strict=False)
+    )
     assert checked >= (1500 if engine.runner == "v1" else 400)
     assert not any("em_inf" in response for response in responses[len(bodies) :])
 

@@ -111,6 +111,7 @@ FUNCTIONS: dict[str, tuple[str, Function | str]] = {
     r"div\.rn\.f32": ("t=tt", np.divide),
     r"abs\.(f32|s32)": ("t=t", np.abs),
     r"neg\.(f32|s32|s64)": ("t=t", np.negative),
+    r"copysign\.f32": ("t=tt", lambda sign, size: np.copysign(size, sign)),
     r"max\.f32": ("t=tt", largest),
     r"min\.f32": ("t=tt", smallest),
     r"max\.[us](32|64)": ("t=tt", np.maximum),

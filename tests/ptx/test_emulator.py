@@ -199,6 +199,7 @@ RESULTS: dict[str, Any] = {
     f"{QUARTERS} sub.rn.f32 %r6, %r6, 0f41000000; cvt.rzi.s32.f32 %r5, %r6;": np.trunc(LANE / 4 - 8).astype(int),
     f"{QUARTERS} div.rn.f32 %r5, %r6, 0f40400000;": REAL / 4 / np.float32(3),
     f"{QUARTERS} neg.f32 %r6, %r6; abs.f32 %r5, %r6;": REAL / 4,
+    "copysign.f32 %r5, 0f80000000, 0f40000000;": np.float32(-2),
     f"{QUARTERS} min.f32 %r6, %r6, 0f41000000; max.f32 %r5, %r6, 0f40000000;": np.clip(REAL / 4, 2, 8),
     "fma.rn.f32 %r5, 0f3F800001, 0f3F800001, 0fBF800000;": np.float32((1 + 2**-23) ** 2 - 1),
     "fma.rn.ftz.f32 %r5, 0f00000001, 0f7F000000, 0f3F800000;": np.float32(1),

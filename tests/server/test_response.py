@@ -16,7 +16,7 @@ from starlette.types import Message
 
 from server.response import ResponseExtras, with_extras
 from server.stats import collector
-from server.stats.collector import RequestStats
+from server.stats.collector import RequestStats, TokenStats
 
 BODY = {
     "id": "chatcmpl-1",
@@ -30,13 +30,20 @@ SUMMARY = {
     "missing": 0,
     "entropy_before": 1.25,
     "entropy_after": 0.75,
+    "entropy_max": 2.0,
+    "entropy_max_position": 0,
+    "entropy_tail": 1.25,
+    "varentropy": 0.375,
     "steps": 3,
 }
-PER_TOKEN = [{"before": 2.0, "after": 1.0, "steps": 3}, {"before": 0.5, "after": 0.5, "steps": 0}]
+PER_TOKEN = [
+    {"before": 2.0, "after": 1.0, "varentropy": 0.5, "steps": 3},
+    {"before": 0.5, "after": 0.5, "varentropy": 0.25, "steps": 0},
+]
 
 
-def final_stats(*choices: list[tuple[float, float, int]]) -> RequestStats:
-    """Make the final stats of a request from its choices' tokens: entropy before, entropy after, steps."""
+def final_stats(*choices: list[TokenStats]) -> RequestStats:
+    """Make the final stats of a request from its choices' tokens."""
     request = RequestStats(0, "em_inf", len(choices))
     for choice, tokens in zip(request.choices, choices, strict=True):
         choice.tokens, choice.by_position = len(tokens), dict(enumerate(tokens))
@@ -47,7 +54,7 @@ def final_stats(*choices: list[tuple[float, float, int]]) -> RequestStats:
 
 def extras(stats: str = "summary") -> ResponseExtras:
     made = ResponseExtras(stats, one_choice_set_per_prompt=False)
-    made.request_stats.append(final_stats([(2.0, 1.0, 3), (0.5, 0.5, 0)]))
+    made.request_stats.append(final_stats([(2.0, 1.0, 0.5, 3), (0.5, 0.5, 0.25, 0)]))
     return made
 
 
@@ -67,7 +74,7 @@ def em_inf_summary(stats: str, one_choice_set_per_prompt: bool, *requests: Reque
 
 
 def test_each_prompt_adds_its_choices() -> None:
-    one, two = [(1.0, 0.5, 1)], [(1.0, 0.5, 2)]
+    one, two = [(1.0, 0.5, 0.0, 1)], [(1.0, 0.5, 0.0, 2)]
     choices = em_inf_summary("summary", True, final_stats(one, two), final_stats([*one, *two], []))
     assert [(choice["index"], choice["tokens"], choice["steps"]) for choice in choices] == [
         (0, 1, 1),
@@ -78,7 +85,7 @@ def test_each_prompt_adds_its_choices() -> None:
 
 
 def test_turns_of_one_choice_share_a_summary() -> None:
-    turns = final_stats([(1.0, 0.5, 1)]), final_stats([(3.0, 0.5, 2), (2.0, 0.5, 4)])
+    turns = final_stats([(1.0, 0.5, 0.0, 1)]), final_stats([(3.0, 0.5, 0.0, 2), (2.0, 0.5, 0.0, 4)])
     choices = em_inf_summary("tokens", False, *turns)
     assert [choice["index"] for choice in choices] == [0]
     assert choices[0]["entropy_before"] == 2.0
@@ -92,7 +99,7 @@ def test_a_summary_waits_for_late_stats_but_not_for_ever(monkeypatch: pytest.Mon
         waiting = asyncio.create_task(made.em_inf_summary())
         await asyncio.sleep(0)
         assert not waiting.done()
-        late.choices[0].tokens, late.choices[0].by_position = 1, {0: (1.0, 0.5, 7)}
+        late.choices[0].tokens, late.choices[0].by_position = 1, {0: (1.0, 0.5, 0.0, 7)}
         late.choices[0].finalize()
         late.final.set()
         return await waiting
@@ -126,10 +133,12 @@ def test_white_space_after_an_object_is_accepted() -> None:
 @pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
 def test_a_number_that_json_lacks_becomes_null(number: float) -> None:
     made = ResponseExtras("tokens", one_choice_set_per_prompt=False)
-    made.request_stats.append(final_stats([(number, 1.0, 0)]))
+    made.request_stats.append(final_stats([(number, 1.0, number, 0)]))
     response, _ = extended(JSONResponse({"id": "x"}), made)
     assert b"NaN" not in response.body and b"Infinity" not in response.body
-    assert json.loads(bytes(response.body))["em_inf"][0]["per_token"] == [{"before": None, "after": 1.0, "steps": 0}]
+    assert json.loads(bytes(response.body))["em_inf"][0]["per_token"] == [
+        {"before": None, "after": 1.0, "varentropy": None, "steps": 0}
+    ]
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from em_sampler.stats.wire import StructuredArray, unpack
 
 ONE, OTHER = "0123456789abcdef" * 2 + ".0", "f" * 32 + ".1"  # socket names
 KEY = "a key for tests, 32 characters or more"
-TokenStats = tuple[float, float, int]  # entropy before and after, steps
+TokenStats = tuple[float, float, float, int]  # entropy before and after, varentropy, steps
 
 
 def return_address(
@@ -24,11 +24,11 @@ def return_address(
 
 def at(position: int) -> TokenStats:
     """Stats that only this position has."""
-    return 1.0 + position, 0.5, position
+    return 1.0 + position, 0.5, position / 4, position
 
 
 def read(tokens: StructuredArray) -> list[tuple[Any, ...]]:
-    """(request number, choice, position, before, after, steps) of each token."""
+    """(request number, choice, position, before, after, varentropy, steps) of each token."""
     return [(number, choice, position, *stats) for number, choice, position, *stats in tokens.tolist()]
 
 

@@ -86,8 +86,8 @@ def slots_of(*addresses: ReturnAddress | None) -> SlotTable:
 def add(slots: SlotTable, *tokens: tuple[int, int, TokenStats]) -> None:
     """One step's tokens, each (slot, position, stats)."""
     slot_of_row, positions, stats = zip(*tokens, strict=True)
-    before, after, steps = (np.array(values) for values in zip(*stats, strict=True))
-    entropies = (values.astype(np.float32).view(np.int32) for values in (before, after))
+    *floats, steps = (np.array(values) for values in zip(*stats, strict=True))
+    entropies = (values.astype(np.float32).view(np.int32) for values in floats)
     slots.add(np.stack([np.array(slot_of_row), np.array(positions), *entropies, steps]).astype(np.int32))
 
 
@@ -110,15 +110,15 @@ def tokens_of(request_number: int, positions: Iterable[int], choice: int = 0) ->
 
 def test_a_slot_that_sends_every_token_keeps_none() -> None:
     slots = slots_of(None, return_address(7, per_token=True, choice=2), None)
-    add(slots, (1, 0, (1.5, 0.5, 3)), (0, 4, at(4)), (1, 1, at(1)), (1, -1, at(9)), (-1, 3, at(3)))
+    add(slots, (1, 0, (1.5, 0.5, 2.5, 3)), (0, 4, at(4)), (1, 1, at(1)), (1, -1, at(9)), (-1, 3, at(3)))
     assert not slots.has_pending()
-    assert sent(slots)[0] == [(7, 2, 0, 1.5, 0.5, 3), (7, 2, 1, *at(1))]
+    assert sent(slots)[0] == [(7, 2, 0, 1.5, 0.5, 2.5, 3), (7, 2, 1, *at(1))]
 
 
 def test_a_token_that_was_not_measured_is_sent_as_such() -> None:
     slots = slots_of(return_address(7, per_token=True))
-    add(slots, (0, 0, (NAN, NAN, 0)))
-    assert repr(sent(slots)[0]) == "[(7, 0, 0, nan, nan, 0)]"
+    add(slots, (0, 0, (NAN, NAN, NAN, 0)))
+    assert repr(sent(slots)[0]) == "[(7, 0, 0, nan, nan, nan, 0)]"
 
 
 def test_tokens_for_totals_wait_until_their_request_is_idle() -> None:
@@ -137,12 +137,12 @@ def test_tokens_for_totals_wait_until_their_request_is_idle() -> None:
 def test_the_last_stats_of_a_position_count() -> None:
     slots = slots_of(return_address(7))
     # A draft, rejected from its second token on.
-    add(slots, *((0, position, (9.0, 9.0, 9)) for position in range(4)))
+    add(slots, *((0, position, (9.0, 9.0, 9.0, 9)) for position in range(4)))
     add(slots, *((0, position, at(position)) for position in range(1, 3)))
     folded(slots)
     add(slots, (0, 3, at(3)))
     folded(slots)
-    assert folded(slots)[0] == [(7, 0, 0, 9.0, 9.0, 9), *tokens_of(7, range(1, 4))]
+    assert folded(slots)[0] == [(7, 0, 0, 9.0, 9.0, 9.0, 9), *tokens_of(7, range(1, 4))]
 
 
 def test_a_token_is_final_a_fixed_number_of_tokens_later() -> None:
@@ -214,7 +214,11 @@ class Engine:
     def stats(self) -> TokenStats:
         """Unlike any other; sums of such entropies are exact."""
         self.count += 1
-        return (NAN, NAN, 0) if self.count % 11 == 0 else (self.count / 64, self.count % 7 / 64, self.count % 4)
+        return (
+            (NAN, NAN, NAN, 0)
+            if self.count % 11 == 0
+            else (self.count / 64, self.count % 7 / 64, self.count % 5 / 64, self.count % 4)
+        )
 
     def deliver(self, fold: bool) -> None:
         """As `server.stats.collector.StatsCollector.receive` takes a message in."""
@@ -266,7 +270,7 @@ def test_a_server_gets_the_last_stats_of_every_position_once(kinds: list[bool], 
     for action, how in story:
         if action == "step":
             rows = [row for slot, (drafts, accepted) in enumerate(how) for row in engine.step(slot, drafts, accepted)]
-            add(engine.slots, *rows[::-1], (0, -1, (5.0, 5.0, 5)))  # and a row in prefill, which has no position
+            add(engine.slots, *rows[::-1], (0, -1, (5.0, 5.0, 5.0, 5)))  # and a row in prefill, which has no position
         elif action == "run":
             for _ in range(how[0]):
                 add(engine.slots, *(row for slot in range(SLOTS) for row in engine.step(slot, how[1], how[2])))
@@ -291,6 +295,7 @@ def test_a_server_gets_the_last_stats_of_every_position_once(kinds: list[bool], 
             assert repr(known) == repr(sampled)  # NaN is not equal to itself, but its text is
         choice.finalize()
         expected = np.zeros(1, dtype=TOTALS_DTYPE)
-        add_tokens(expected, np.zeros(len(sampled), dtype=np.intp), np.array(sampled, dtype=VALUES_DTYPE))
-        for name in SUMMED_FIELDS:
+        values, positions = np.array(sampled, dtype=VALUES_DTYPE), np.arange(len(sampled))
+        add_tokens(expected, np.zeros(len(sampled), dtype=np.intp), values, positions)
+        for name in (*SUMMED_FIELDS, "highest", "highest_position"):
             assert choice.totals[name].tolist() == expected[name].tolist(), name

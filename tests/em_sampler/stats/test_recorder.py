@@ -35,6 +35,7 @@ def test_a_buffer_takes_a_step_to_the_host() -> None:
         torch.empty(0),
         torch.tensor([1.5, NAN]).to(DEVICE),
         torch.tensor([0.5, NAN]).to(DEVICE),
+        torch.tensor([2.5, NAN]).to(DEVICE),
         torch.tensor([3, 0]).int().to(DEVICE),
     )
     slots, positions = torch.tensor([4, -1]).int().to(DEVICE), torch.tensor([7, 0]).int().to(DEVICE)
@@ -43,8 +44,8 @@ def test_a_buffer_takes_a_step_to_the_host() -> None:
         buffer.start()
         buffer.finish(slots, positions, output)
     stats, seconds = buffer.wait()
-    assert stats[[0, 1, 4]].tolist() == [[4, -1], [7, 0], [3, 0]]
-    assert repr(stats[2:4].view("f4").tolist()) == "[[1.5, nan], [0.5, nan]]"
+    assert stats[[0, 1, 5]].tolist() == [[4, -1], [7, 0], [3, 0]]
+    assert repr(stats[2:5].view("f4").tolist()) == "[[1.5, nan], [0.5, nan], [2.5, nan]]"
     assert seconds > 0
 
 
@@ -93,8 +94,8 @@ def step(recorder: StatsRecorder, *rows: tuple[int, int, TokenStats]) -> StepBuf
     buffer = recorder.start_step()
     assert buffer is not None
     slots, positions, stats = zip(*rows, strict=True)
-    before, after, steps = zip(*stats, strict=True)
-    output = TransformOutput.of(torch.empty(0), torch.tensor(before), torch.tensor(after), torch.tensor(steps).int())
+    *floats, steps = zip(*stats, strict=True)
+    output = TransformOutput.of(torch.empty(0), *map(torch.tensor, floats), torch.tensor(steps).int())
     recorder.finish_step(buffer, torch.tensor(slots).int(), torch.tensor(positions).int(), output)
     return buffer
 
@@ -103,9 +104,16 @@ def test_every_token_arrives_as_it_is_sampled(folder: Path) -> None:
     recorder = StatsRecorder(3, 5, CPU)  # slot 2 is the last: -1, no slot, must not be taken for it
     with server(folder) as one:
         recorder.assign(2, return_address(7, per_token=True, choice=1))
-        step(recorder, (-1, 5, at(1)), (2, 0, (1.5, 0.25, 3)), (0, 0, at(1)), (2, 1, (2.5, 0.5, 4)), (2, -1, at(1)))
+        step(
+            recorder,
+            (-1, 5, at(1)),
+            (2, 0, (1.5, 0.25, 2.5, 3)),
+            (0, 0, at(1)),
+            (2, 1, (2.5, 0.5, 1.5, 4)),
+            (2, -1, at(1)),
+        )
         tokens, totals, header = one.receive()
-        assert read(tokens) == [(7, 1, 0, 1.5, 0.25, 3), (7, 1, 1, 2.5, 0.5, 4)]
+        assert read(tokens) == [(7, 1, 0, 1.5, 0.25, 2.5, 3), (7, 1, 1, 2.5, 0.5, 1.5, 4)]
         assert len(totals) == 0
         assert header["seconds"] > 0
         assert header["dropped"] == 0
@@ -347,7 +355,7 @@ def test_more_rows_than_a_message_holds_make_several(folder: Path) -> None:
     recorder = StatsRecorder(1, rows, CPU)
     with server(folder) as one:
         recorder.assign(0, return_address(7, per_token=True))
-        step(recorder, *((0, position, (1.0, 0.5, 3)) for position in range(rows)))
+        step(recorder, *((0, position, (1.0, 0.5, 0.25, 3)) for position in range(rows)))
         messages = [one.receive() for _ in range(2)]
         assert [len(tokens) for tokens, _, _ in messages] == [MAX_ROWS, 10]
         assert np.concatenate([tokens for tokens, _, _ in messages])["position"].tolist() == list(range(rows))

@@ -2,8 +2,8 @@
 
 import math
 import os
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from em_sampler.transforms.numba_cpu import NumbaTransform
 
 Row = npt.NDArray[np.float64]
+Rows = Sequence[Params | None]
+Temperatures = Sequence[float] | None
 DEVICE = os.environ.get("EM_TEST_DEVICE", "cpu")  # benchmarks/gpu.sh asks for "cuda"
 # Total variation between float32 and the reference's float64 after at most the steps taken here; the largest found was
 # 2.4e-5.
@@ -51,16 +53,16 @@ def total_variation(a: Row, b: Row) -> float:
     return float(np.abs(reference.softmax(a) - reference.softmax(b)).sum() / 2)
 
 
-def eager_masked(logits: torch.Tensor, params: list[Params | None]) -> TransformOutput:
+def eager_masked(logits: torch.Tensor, params: Rows, temperatures: Temperatures = None) -> TransformOutput:
     """Run the eager transform as on a GPU: it computes all rows and masks those that have nothing to do."""
     transform = EagerTransform(logits.shape[1], logits.device, max_rows=len(logits))
     transform.skip_idle_rows = False
-    return transform(logits, BatchParams.of(params, logits.device))
+    return transform(logits, BatchParams.of(params, logits.device, temperatures))
 
 
-def numba_cpu(logits: torch.Tensor, params: list[Params | None]) -> TransformOutput:
+def numba_cpu(logits: torch.Tensor, params: Rows, temperatures: Temperatures = None) -> TransformOutput:
     """Run the Numba transform."""
-    return numba_transform()(logits.shape[1])(logits, BatchParams.of(params))
+    return numba_transform()(logits.shape[1])(logits, BatchParams.of(params, temperatures=temperatures))
 
 
 def numba_transform() -> "type[NumbaTransform]":
@@ -74,13 +76,16 @@ def numba_transform() -> "type[NumbaTransform]":
     return NumbaTransform
 
 
-def triton_cuda(logits: torch.Tensor, params: list[Params | None]) -> TransformOutput:
+def triton_cuda(logits: torch.Tensor, params: Rows, temperatures: Temperatures = None) -> TransformOutput:
     """Run the Triton transform: compiled if the logits are on a GPU, else by Triton's interpreter."""
     transform = TritonTransform(logits.shape[1], logits.device, max_rows=len(logits))
-    return transform(logits, BatchParams.of(params, logits.device))
+    return transform(logits, BatchParams.of(params, logits.device, temperatures))
 
 
-Implementation = Callable[[torch.Tensor, list[Params | None]], TransformOutput]
+class Implementation(Protocol):
+    """One of the transforms, of a batch in place."""
+
+    def __call__(self, logits: torch.Tensor, params: Rows, temperatures: Temperatures = None) -> TransformOutput: ...
 
 
 def is_interpreted(name: str) -> bool:
@@ -91,11 +96,11 @@ def is_interpreted(name: str) -> bool:
 def on_device(implementation: Implementation) -> Implementation:
     """Return `implementation` for logits on the CPU, run on the device under test, where they lie as they do here."""
 
-    def moved(logits: torch.Tensor, params: list[Params | None]) -> TransformOutput:
+    def moved(logits: torch.Tensor, params: Rows, temperatures: Temperatures = None) -> TransformOutput:
         here = logits.new_empty(0).set_(logits.untyped_storage())
         there = here.to(DEVICE, copy=True)
         rows = there.as_strided(logits.shape, logits.stride(), logits.storage_offset())
-        result = implementation(rows, params)
+        result = implementation(rows, params, temperatures)
         here.copy_(there)
         return TransformOutput(logits, result.stats.cpu())
 

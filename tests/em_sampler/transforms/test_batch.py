@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from em_sampler import AdaptiveTemperatureParams, EMInfParams, MeasureParams
+from em_sampler.params import GreedyBelowParams, PLessParams, TopHParams, TopNSigmaParams
 from em_sampler.transforms import dispatch, eager
 from em_sampler.transforms.batch import BatchParams, Column, Method
 
@@ -14,7 +15,7 @@ ADAPTIVE = AdaptiveTemperatureParams(ratio=0.25, threshold=0.75, min_temperature
 
 
 def test_every_param_has_its_column() -> None:
-    batch = BatchParams.of([EM, EMInfParams(), ADAPTIVE, MeasureParams(), None])
+    batch = BatchParams.of([EM, EMInfParams(), ADAPTIVE, MeasureParams(stats="summary"), None])
     assert batch.values.dtype == torch.float32
     assert batch.values.shape == (5, len(Column))
     columns = {column: batch[column].squeeze(1).tolist() for column in Column}
@@ -28,28 +29,44 @@ def test_every_param_has_its_column() -> None:
         Column.RATIO: [0, 0, 0.25, 0, 0],
         Column.MIN_TEMPERATURE: [0, 0, 0.5, 0, 0],
         Column.MAX_TEMPERATURE: [0, 0, 2, 0, 0],
+        Column.TEMPERATURE: [1, 1, 1, 1, 0],
+        Column.STATS: [0, 0, 0, 1, 0],
+        **dict.fromkeys((Column.NORMALIZED, Column.ALPHA, Column.N, Column.P_MAX), [0] * 5),
+    }
+
+
+def test_every_param_of_a_method_that_removes_tokens_has_its_column() -> None:
+    params = [PLessParams(normalized=True), TopHParams(alpha=0.25), TopNSigmaParams(n=2), GreedyBelowParams(p_max=0.5)]
+    batch = BatchParams.of([*params, params[0]], temperatures=[0.5, 1, 2, 0.25, 0])
+    used = (Column.NORMALIZED, Column.ALPHA, Column.N, Column.P_MAX, Column.TEMPERATURE, Column.METHOD)
+    assert {column: batch[column].squeeze(1).tolist() for column in used} == {
+        Column.METHOD: [Method.P_LESS, Method.TOP_H, Method.TOP_N_SIGMA, Method.GREEDY_BELOW, Method.MEASURE],
+        Column.NORMALIZED: [1, 0, 0, 0, 1],
+        Column.ALPHA: [0, 0.25, 0, 0, 0],
+        Column.N: [0, 0, 2, 0, 0],
+        Column.P_MAX: [0, 0, 0, 0.5, 0],
+        Column.TEMPERATURE: [0.5, 1, 2, 0.25, 0],
     }
 
 
 def test_the_host_knows_the_limits_of_a_batch() -> None:
     batch = BatchParams.of([EM, EMInfParams(steps=3), None])
     assert batch.max_steps == 7
-    assert not batch.any_adaptive
-    assert BatchParams.of([ADAPTIVE, MeasureParams()]).any_adaptive
-    assert BatchParams.of([ADAPTIVE, MeasureParams()]).max_steps is None
+    assert batch.methods == {"em_inf"}
+    batch = BatchParams.of([ADAPTIVE, MeasureParams()])
+    assert (batch.max_steps, batch.methods) == (0, {"adaptive_temperature", "none"})
 
 
 def test_a_row_of_none_has_no_method() -> None:
     assert (BatchParams.of([None, None]).values[:, Column.METHOD] == Method.OFF).all()
-    assert BatchParams.of([None]).max_steps is None
-    assert not BatchParams.of([None]).any_adaptive
+    assert (BatchParams.of([None]).max_steps, BatchParams.of([None]).methods) == (0, frozenset())
 
 
 def test_rows_can_be_selected() -> None:
     batch = BatchParams.of([EM, ADAPTIVE, None])
     selected = batch.select(torch.tensor([2, 0]))
     assert torch.equal(selected.values, batch.values[[2, 0]])
-    assert (selected.max_steps, selected.any_adaptive) == (7, True)
+    assert (selected.max_steps, selected.methods) == (7, {"em_inf", "adaptive_temperature"})
 
 
 @pytest.mark.parametrize("function", [dispatch.transform, eager.transform])

@@ -13,10 +13,18 @@ import zmq
 from prometheus_client import CollectorRegistry
 
 from em_sampler import AdaptiveTemperatureParams, EMInfParams
-from em_sampler.params import RETURN_ADDRESS_KEY
+from em_sampler.params import CUT, RETURN_ADDRESS_KEY
 from em_sampler.stats.aggregator import ReturnAddress
 from em_sampler.stats.transport import connect, socket_dir
-from em_sampler.stats.wire import TOKEN_DTYPE, TOTALS_DTYPE, VALUES_DTYPE, StructuredArray, add_tokens, pack
+from em_sampler.stats.wire import (
+    TAIL_TOKENS,
+    TOKEN_DTYPE,
+    TOTALS_DTYPE,
+    VALUES_DTYPE,
+    StructuredArray,
+    add_tokens,
+    pack,
+)
 from server.stats.collector import ChoiceStats, RequestStats, StatsCollector, TokenStats, summarize
 from server.stats.metrics import Metrics
 
@@ -58,7 +66,7 @@ def started(collector: StatsCollector, choices: int = 1) -> RequestStats:
 
 
 def at(position: int) -> TokenStats:
-    return 1.0 + position, 0.5, position
+    return 1.0 + position, 0.5, position / 4, position
 
 
 def token_rows(*tokens: tuple[int, int, int, TokenStats]) -> StructuredArray:
@@ -72,7 +80,7 @@ def totals(number: int, choice: int, first: int, end: int) -> StructuredArray:
     row = np.zeros(1, dtype=TOTALS_DTYPE)
     row["request_number"], row["choice"], row["first"], row["end"] = number, choice, first, end
     values = np.array([at(position) for position in range(first, end)], dtype=VALUES_DTYPE)
-    add_tokens(row, np.zeros(len(values), dtype=np.intp), values)
+    add_tokens(row, np.zeros(len(values), dtype=np.intp), values, np.arange(first, end))
     return row
 
 
@@ -89,7 +97,7 @@ def receive(collector: StatsCollector, tokens: StructuredArray = NO_TOKENS, rows
 def test_a_choice_keeps_the_last_stats_of_a_position() -> None:
     choice = ChoiceStats()
     choice.tokens = 2
-    choice.by_position = {1: (9.0, 9.0, 9), 0: at(0)}
+    choice.by_position = {1: (9.0, 9.0, 9.0, 9), 0: at(0)}
     choice.by_position[1] = at(1)
     choice.finalize()
     assert list(choice.by_position) == [0, 1]
@@ -99,7 +107,7 @@ def test_a_choice_keeps_the_last_stats_of_a_position() -> None:
 def test_totals_replace_the_tokens_at_their_positions() -> None:
     choice = ChoiceStats()
     choice.tokens = 6
-    choice.by_position = dict.fromkeys(range(1, 6), (9.0, 9.0, 9))
+    choice.by_position = dict.fromkeys(range(1, 6), (9.0, 9.0, 9.0, 9))
     choice.add_totals(totals(0, 0, 0, 4)[0])
     assert sorted(choice.by_position) == [4, 5]
     assert choice.missing() == 0
@@ -270,7 +278,7 @@ def test_totals_and_tokens_that_were_not_final_make_a_choice(folder: Path) -> No
         request = started(collector, choices=2)
         n, request.choices[1].tokens = request.number, 40
         # Tokens of an idle request are sent although not final; a message may have totals that replace some of them.
-        receive(collector, token_rows(*((n, 1, position, (9.0, 9.0, 9)) for position in range(20))))
+        receive(collector, token_rows(*((n, 1, position, (9.0, 9.0, 9.0, 9)) for position in range(20))))
         receive(
             collector, token_rows(*((n, 1, position, at(position)) for position in range(8, 30))), totals(n, 1, 0, 8)
         )
@@ -387,33 +395,43 @@ def finalized(tokens: int, known: dict[int, TokenStats]) -> ChoiceStats:
 
 
 def test_a_summary_has_means_over_the_measured_tokens() -> None:
-    choice = finalized(4, {0: (2.0, 0.5, 3), 1: (1.0, 0.25, 2), 2: (NAN, NAN, 0), 3: (0.0, 0.0, 0)})
+    choice = finalized(
+        4, {0: (2.0, 0.5, 1.5, 3), 1: (1.0, 0.25, 0.75, 2), 2: (NAN, NAN, NAN, 0), 3: (0.0, 0.0, 0.0, CUT)}
+    )
     assert summarize(2, [choice], per_token=False) == {
         "index": 2,
         "tokens": 4,
-        "optimized_tokens": 2,
+        "optimized_tokens": 3,
         "missing": 0,
         "entropy_before": 1.0,
         "entropy_after": 0.25,
+        "entropy_max": 2.0,
+        "entropy_max_position": 0,
+        "entropy_tail": 1.0,
+        "varentropy": 0.75,
         "steps": 5,
     }
 
 
 def test_a_summary_of_every_token_is_aligned_with_the_choice() -> None:
-    choice = finalized(4, {3: (1.0, 0.1, 2), 1: (NAN, NAN, 0), 0: (0.12345678, 0.0, 1)})
+    choice = finalized(4, {3: (1.0, 0.1, 0.5, 2), 1: (NAN, NAN, NAN, 0), 0: (0.12345678, 0.0, 0.0, CUT)})
     summary = summarize(0, [choice], per_token=True)
     assert summary["missing"] == 1
     assert summary["per_token"] == [
-        {"before": 0.123457, "after": 0.0, "steps": 1},
-        {"before": None, "after": None, "steps": 0},
+        {"before": 0.123457, "after": 0.0, "varentropy": 0.0, "steps": 0},
+        {"before": None, "after": None, "varentropy": None, "steps": 0},
         None,
-        {"before": 1.0, "after": 0.1, "steps": 2},
+        {"before": 1.0, "after": 0.1, "varentropy": 0.5, "steps": 2},
     ]
 
 
 def test_a_choice_in_several_parts_has_one_summary() -> None:
     """The turns of a conversation with tools: one engine request each."""
-    parts = [finalized(2, {0: (2.0, 1.0, 1), 1: (4.0, 1.0, 2)}), finalized(3, {2: (0.0, 0.25, 0)}), finalized(0, {})]
+    parts = [
+        finalized(2, {0: (2.0, 1.0, 1.0, 1), 1: (4.0, 1.0, 2.0, 2)}),
+        finalized(3, {2: (3.0, 0.25, 0.0, 0)}),
+        finalized(0, {}),
+    ]
     summary = summarize(0, parts, per_token=True)
     assert [token and token["steps"] for token in summary.pop("per_token")] == [1, 2, None, None, 0]
     assert summary == {
@@ -421,23 +439,39 @@ def test_a_choice_in_several_parts_has_one_summary() -> None:
         "tokens": 5,
         "optimized_tokens": 2,
         "missing": 2,
-        "entropy_before": 2.0,
+        "entropy_before": 3.0,
         "entropy_after": 0.75,
+        "entropy_max": 4.0,
+        "entropy_max_position": 1,
+        "entropy_tail": 3.0,
+        "varentropy": 1.0,
         "steps": 3,
     }
 
 
-@pytest.mark.parametrize("known", [{}, {0: (NAN, NAN, 0)}])
+def test_the_tail_is_the_last_tokens_of_the_choice_over_all_its_parts() -> None:
+    def part(tokens: int, entropy: float) -> ChoiceStats:
+        return finalized(tokens, {i: (entropy + i, 0.0, 0.0, 0) for i in range(tokens)})
+
+    assert summarize(0, [part(TAIL_TOKENS, 2.0)], per_token=False)["entropy_tail"] == 2.0 + (TAIL_TOKENS - 1) / 2
+    parts = [part(100, 0.0), part(TAIL_TOKENS - 2, 7.0)]
+    tail = [98.0, 99.0, *(7.0 + i for i in range(TAIL_TOKENS - 2))]
+    summary = summarize(0, parts, per_token=False)
+    assert summary["entropy_tail"] == pytest.approx(sum(tail) / TAIL_TOKENS)
+    assert (summary["entropy_max"], summary["entropy_max_position"]) == (99.0, 99)
+
+
+@pytest.mark.parametrize("known", [{}, {0: (NAN, NAN, NAN, 0)}])
 def test_without_a_measured_token_there_are_no_means(known: dict[int, TokenStats]) -> None:
     summary = summarize(0, [finalized(1, known)], per_token=True)
-    assert summary["entropy_before"] is None
-    assert summary["entropy_after"] is None
+    names = ("entropy_before", "entropy_after", "entropy_max", "entropy_max_position", "entropy_tail", "varentropy")
+    assert [summary[name] for name in names] == [None] * len(names)
     assert summary["missing"] == 1 - len(known)
 
 
 def test_a_summary_is_strict_json() -> None:
     """Also for stats that come as NumPy's numbers, out of a message."""
-    tokens = token_rows((0, 0, 0, (1.5, 0.5, 3)), (0, 0, 1, (NAN, NAN, 0)))
+    tokens = token_rows((0, 0, 0, (1.5, 0.5, 0.25, 3)), (0, 0, 1, (NAN, NAN, NAN, 0)))
     request = RequestStats(0, "em_inf", 1)
     for _, _, position, *values in tokens.tolist():
         request.choices[0].by_position[position] = tuple(values)

@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry
 
+from em_sampler.params import CUT
 from em_sampler.stats.curve import KEY_ENV
 from em_sampler.stats.transport import connect, socket_dir
 from em_sampler.stats.wire import HEADER_DTYPE, MAX_POSITION, MAX_ROWS, REJECTION_REASONS, TOKEN_DTYPE, VERSION, pack
@@ -115,12 +116,13 @@ def test_a_message_is_rejected_for_its_reason(folder: Path) -> None:
     ("field", "value"),
     [
         ("position", MAX_POSITION),
-        ("steps", -1),
+        ("steps", CUT - 1),
         ("steps", 65),
         ("before", math.inf),
         ("before", math.nan),  # alone
         ("after", math.nan),
         ("after", -math.inf),
+        ("varentropy", math.inf),
     ],
 )
 def test_a_token_out_of_range_is_dropped_alone(field: str, value: float, folder: Path) -> None:
@@ -147,6 +149,10 @@ def test_a_token_out_of_range_is_dropped_alone(field: str, value: float, folder:
         ("after_sum", math.inf),
         ("reduction_sum", -501.0),
         ("after_counts", 1),
+        ("varentropy_sum", math.nan),
+        ("highest", math.nan),
+        ("highest", -1.0),
+        ("highest_position", MAX_POSITION),
     ],
 )
 def test_totals_out_of_range_are_dropped(field: str, value: float, folder: Path) -> None:
@@ -179,12 +185,14 @@ def test_a_spoofed_request_number_makes_wrong_stats_and_no_more(folder: Path) ->
     async def test(collector: StatsCollector) -> None:
         victim, other = started(collector), started(collector)
         victim.choices[0].tokens = other.choices[0].tokens = 1
-        take(collector, pack(collector.socket_name, [token_rows((victim.number, 0, 0, (9.0, 9.0, 9)))], [], 0.0, 0))
+        take(
+            collector, pack(collector.socket_name, [token_rows((victim.number, 0, 0, (9.0, 9.0, 9.0, 9)))], [], 0.0, 0)
+        )
         take(collector, pack(collector.socket_name, [token_rows((other.number, 0, 0, at(0)))], [], 0.0, 0))
         for request in (victim, other):
             collector.finish(request, NEVER_S)
             assert request.final.is_set()
-        assert victim.choices[0].by_position == {0: (9.0, 9.0, 9)}
+        assert victim.choices[0].by_position == {0: (9.0, 9.0, 9.0, 9)}
         assert other.choices[0].by_position == {0: at(0)}
 
     run(folder, test)

@@ -19,12 +19,14 @@ from server.stats.metrics import OUTCOMES, BulkHistogram, Metrics
 from tests.server.metrics_page import PAGE, STRATEGY_PREFIX, documented, exposed, series
 
 TRANSFORMS = [{"transform": "triton_cuda", "device": "cuda"}, {"transform": "eager", "device": "cuda"}]
-METHODS = ("em_inf", "adaptive_temperature", "none")
+METHODS = ("em_inf", "adaptive_temperature", "none", "p_less", "top_h", "top_n_sigma", "greedy_below")
 
 
 def totals_of(*tokens: tuple[float, float, int]) -> StructuredArray:
+    """TOTALS [1] of (entropy before, entropy after, steps) of tokens."""
     totals = np.zeros(1, dtype=TOTALS_DTYPE)
-    add_tokens(totals, np.zeros(len(tokens), dtype=np.intp), np.array(list(tokens), dtype=VALUES_DTYPE))
+    values = np.array([(before, after, 0.0, steps) for before, after, steps in tokens], dtype=VALUES_DTYPE)
+    add_tokens(totals, np.zeros(len(tokens), dtype=np.intp), values, np.arange(len(tokens)))
     return totals
 
 
@@ -59,7 +61,7 @@ def test_every_series_is_there_from_the_start_at_zero() -> None:
             assert ("em_inf_requests_total", method, "m", outcome) in shown
         for name in ("tokens", "optimized_tokens", "steps", "passed_through_tokens", "missing_tokens"):
             assert (f"em_inf_{name}_total", method, "m") in shown
-        for name in HISTOGRAMS:
+        for name in (*HISTOGRAMS, "max"):
             assert (f"em_inf_entropy_{name}_nats_bucket", "+Inf", method, "m") in shown
             assert (f"em_inf_entropy_{name}_nats_sum", method, "m") in shown
     assert ("em_inf_tracked_requests", "m") in shown
@@ -93,6 +95,8 @@ def test_a_choice_is_counted_under_its_method() -> None:
         ("em_inf_entropy_before_nats_sum", "em_inf", "m"): 5.25,
         ("em_inf_entropy_after_nats_count", "em_inf", "m"): 4,
         ("em_inf_entropy_after_nats_sum", "em_inf", "m"): 2.25,
+        ("em_inf_entropy_max_nats_count", "em_inf", "m"): 2,
+        ("em_inf_entropy_max_nats_sum", "em_inf", "m"): 4.0,
         ("em_inf_entropy_reduction_nats_count", "em_inf", "m"): 4,
         ("em_inf_entropy_reduction_nats_sum", "em_inf", "m"): 3.0,
     }
@@ -125,8 +129,8 @@ from em_sampler.stats.wire import TOTALS_DTYPE, VALUES_DTYPE, add_tokens
 from server.stats.metrics import Metrics
 
 metrics, totals = Metrics("m"), np.zeros(1, dtype=TOTALS_DTYPE)
-tokens = np.array([(2.5, 0.5, 5), (float(sys.argv[1]), 0.25, 1)], dtype=VALUES_DTYPE)
-add_tokens(totals, np.zeros(2, dtype=np.intp), tokens)
+tokens = np.array([(2.5, 0.5, 0.0, 5), (float(sys.argv[1]), 0.25, 0.0, 1)], dtype=VALUES_DTYPE)
+add_tokens(totals, np.zeros(2, dtype=np.intp), tokens, np.arange(2))
 metrics.observe_choice("em_inf", totals, 1)
 metrics.observe_request("em_inf", "completed")
 metrics.tracked.labels("m").set(3)
