@@ -35,7 +35,7 @@ TOTALS_DTYPE = np.dtype(
         ("optimized", "u8"),  # tokens whose distribution was changed
         ("steps", "u8"),
         ("passed_through", "u8"),  # tokens not measured
-        ("varentropy_sum", "f8"),
+        ("varentropy_sum", "f8"),  # NaN: not asked for
         ("highest", "f4"),  # entropy before the method, and the position of a token that has it
         ("highest_position", "u4"),
         *((f"{name}_sum", "f8") for name in HISTOGRAMS),
@@ -85,7 +85,7 @@ def add_tokens(
     for name, values in zip(HISTOGRAMS, (before, after, np.maximum(before - after, 0)), strict=True):
         np.add.at(totals[f"{name}_sum"], rows, values)
         np.add.at(totals[f"{name}_counts"], (rows, np.searchsorted(ENTROPY_BUCKETS, values)), 1)
-    np.add.at(totals["varentropy_sum"], rows, np.nan_to_num(tokens["varentropy"]))
+    np.add.at(totals["varentropy_sum"], rows, tokens["varentropy"])
     order = np.lexsort((before, rows))
     of_row = order[np.flatnonzero(np.diff(rows[order], append=-1))]  # each row's token with the highest entropy
     for row, entropy, position in zip(rows[of_row], before[of_row], positions[of_row], strict=True):
@@ -172,7 +172,7 @@ def totals_in_range(totals: StructuredArray) -> NDArray[np.bool_]:
     good &= tokens <= totals["end"] - totals["first"]
     good &= (totals["optimized"] <= tokens) & (totals["passed_through"] <= tokens)
     good &= totals["steps"] <= tokens * MAX_STEPS
-    good &= np.abs(totals["varentropy_sum"]) <= tokens * MAX_VARENTROPY
+    good &= np.isnan(totals["varentropy_sum"]) | (np.abs(totals["varentropy_sum"]) <= tokens * MAX_VARENTROPY)
     good &= (totals["highest"] >= 0) & (totals["highest"] <= MAX_NATS) & (totals["highest_position"] < MAX_POSITION)
     for name in HISTOGRAMS:
         good &= np.abs(totals[f"{name}_sum"]) <= tokens * MAX_NATS

@@ -237,6 +237,11 @@ def test_clients_can_ask_what_the_server_supports(v1: Server) -> None:
     assert supported["methods"]["em_inf"]["steps"]["default"] == 5
     assert supported["methods"]["adaptive_temperature"]["ratio"]["default"] == 0.5
     assert set(supported["methods"]["none"]) == {"method", "stats"}
+    assert (supported["methods"]["top_h"]["alpha"]["maximum"], supported["methods"]["top_n_sigma"]["n"]["default"]) == (
+        1,
+        1,
+    )
+    assert supported["methods"]["p_less"]["normalized"]["type"] == "boolean"
     assert set(supported["versions"]) == {"em-inf-server", "vllm"}
     assert v1.http.get("/v1/em_inf", headers={"Authorization": "Bearer wrong"}).status_code == 401
 
@@ -253,6 +258,7 @@ def test_openapi_shows_the_fields(v1: Server) -> None:
         model = schema["components"]["schemas"][reference.rsplit("/", 1)[1]]
         choices = model["properties"]["em_inf"]["anyOf"]
         named = [choice["$ref"].rsplit("/", 1)[1] for choice in choices if "$ref" in choice]
-        assert named == ["EMInfParams", "AdaptiveTemperatureParams", "MeasureParams"]
+        removing = ["PLessParams", "TopHParams", "TopNSigmaParams", "GreedyBelowParams"]
+        assert named == ["EMInfParams", "AdaptiveTemperatureParams", "MeasureParams", *removing]
     assert schema["components"]["schemas"]["EMInfParams"]["properties"]["threshold"]["maximum"] == 20
     assert "get" in schema["paths"]["/v1/em_inf"]

@@ -449,6 +449,13 @@ def test_a_choice_in_several_parts_has_one_summary() -> None:
     }
 
 
+def test_a_varentropy_that_was_not_asked_for_is_null() -> None:
+    """As in the span of a request without stats."""
+    choice = finalized(2, {0: (2.0, 0.5, NAN, 3), 1: (1.0, 0.25, NAN, 2)})
+    summary = summarize(0, [choice], per_token=False)
+    assert (summary["varentropy"], summary["entropy_max"]) == (None, 2.0)
+
+
 def test_the_tail_is_the_last_tokens_of_the_choice_over_all_its_parts() -> None:
     def part(tokens: int, entropy: float) -> ChoiceStats:
         return finalized(tokens, {i: (entropy + i, 0.0, 0.0, 0) for i in range(tokens)})
