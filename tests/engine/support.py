@@ -105,7 +105,7 @@ def check_stats(response: dict[str, Any], em_inf: dict[str, Any], temperature: f
     return count
 
 
-def reference_stats(row: reference.Row, params: Any, temperature: float) -> tuple[float, int]:
+def reference_stats(row: reference.Row, params: Any, temperature: float = 1.0) -> tuple[float, int]:
     """Return the entropy after the method, in nats, and the steps by the reference; CUT if it removes tokens."""
     if params.method == "em_inf":
         changed, steps = reference.em_inf(row, params)
