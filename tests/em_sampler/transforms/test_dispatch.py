@@ -11,7 +11,7 @@ import em_sampler
 from em_sampler import AdaptiveTemperatureParams, EMInfParams, MeasureParams
 from em_sampler.params import Params
 from em_sampler.transforms import dispatch, eager
-from em_sampler.transforms.batch import BatchParams, Transform, TransformOutput
+from em_sampler.transforms.batch import STATS, BatchParams, Transform, TransformOutput
 from em_sampler.transforms.dispatch import MAX_KEPT, ReusableTransform, build_transform
 from em_sampler.transforms.eager import EagerTransform
 from tests.em_sampler.transforms.support import (
@@ -139,7 +139,7 @@ def test_a_growing_batch_rebuilds_rarely(builds: Builds) -> None:
 def test_a_batch_of_no_rows_returns_no_rows(builds: Builds) -> None:
     result = em_sampler.transform(torch.zeros(0, 300), [])
     assert result.logits.shape == (0, 300)
-    assert result.stats.shape == (3, 0)
+    assert result.stats.shape == (STATS, 0)
     assert len(em_sampler.transform(rows_of(1, 2, 300), [EM, None]).steps) == 2
 
 
