@@ -26,6 +26,10 @@ CASES = [
     "test_triton_cuda.py::test_a_large_batch_is_transformed_in_groups",
     "test_implementations.py::test_rows_may_lie_apart_in_memory[601-704-triton_cuda]",
     "test_implementations.py::test_rows_may_lie_apart_in_memory[608-701-triton_cuda]",
+    *(
+        f"test_truncation.py::test_adversarial_rows_match_the_reference[5-{method}-triton_cuda]"
+        for method in ("top_h", "p_less, normalized", "top_n_sigma")
+    ),
     # Each chunk has fewer slots for heavy logits than a program has threads.
     "test_implementations.py::test_all_sizes_match_the_reference[151936-1-triton_cuda]",
 ]
