@@ -133,6 +133,9 @@ METHODS: dict[str, type[Params]] = {
     "top_n_sigma": TopNSigmaParams,
     "greedy_below": GreedyBelowParams,
 }
+_BOOLEANS = {
+    name for model in METHODS.values() for name, field in model.model_fields.items() if field.annotation is bool
+}
 
 
 def parse_params(value: object, default: Params | None = None) -> Params | None:
@@ -178,11 +181,6 @@ def from_extra_args(extra_args: Mapping[str, Any] | None, default: Params | None
         return parse_params(flat)
     except ParamsError as error:
         raise ParamsError(error.field.replace(".", "_"), error.problem) from None
-
-
-_BOOLEANS = {
-    name for model in METHODS.values() for name, field in model.model_fields.items() if field.annotation is bool
-}
 
 
 def _as_bool(value: object) -> object:

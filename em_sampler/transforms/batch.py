@@ -20,6 +20,7 @@ from em_sampler.params import EMInfParams, Params
 # A logit this far below its row's maximum has probability 0 in float32 at every temperature allowed: exp(-1e6 / 10).
 # Standing in for -inf, it keeps 0 * -inf out of the sums.
 MASKED_LOGIT = -1e6
+ROUNDING = 4e-6  # relative, of float32's sums over a row: a method's bound that is met to within it is met
 STATS = 4  # numbers that a transform measures of a row
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from em_sampler.params import CUT
 from em_sampler.transforms import batch, torch_threads
-from em_sampler.transforms.batch import STATS, BatchParams, Column, Method, TransformOutput
+from em_sampler.transforms.batch import ROUNDING, STATS, BatchParams, Column, Method, TransformOutput
 from em_sampler.transforms.reference import BETA1, BETA2, EPSILON
 
 Floats = NDArray[np.float32]
@@ -55,7 +55,6 @@ INFINITY_BITS, MINUS_INFINITY_BITS, NAN_BITS = INT(0x7F800000), INT(-0x800000), 
 SUM_BLOCK = 2048  # values summed in float32 before float64 takes over
 MIN_PARALLEL_LOGITS = 2**18  # in a batch; with fewer, waking the threads takes longer than the work
 
-ROUNDING = 2e-6  # relative, of float32's sums: a bound that is met to within it is met
 CUT_BLOCK = 64  # logits that are removed together, if none of them is kept
 GATHERED_NATS = (8.0, 13.0)  # top_h looks so far below the peak before it counts the row
 MIN_GATHERED = 1024  # logits; at most this many, or an eighth of the row, are worth to be listed

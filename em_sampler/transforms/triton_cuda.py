@@ -13,7 +13,7 @@ from torch import Tensor
 from em_sampler.transforms import triton_kernels as kernels
 from em_sampler.transforms.batch import STATS, BatchParams, TransformOutput
 
-MAX_GROUP_ROWS = 512  # of one launch: 133 kB of memory each
+MAX_GROUP_ROWS = 512  # of one launch: 134 kB of memory each
 # At most, of the kernels that share the chunks of active rows: three run on each of an H100's 132 multiprocessors.
 SHARING_PROGRAMS = 396
 

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from em_sampler import params
-from em_sampler.transforms import reference
+from em_sampler.transforms import batch, reference
 from em_sampler.transforms.batch import Column, Method
 
 C = tl.constexpr  # Triton accepts no other globals, and no enums
@@ -68,7 +68,7 @@ FAINT, MAX_FAINT_TANGENT_MOVE = C(1e-7), C(1.0)
 SAME_X = C(3e-7)  # relative: two x this close are the same
 MAX_CELL_VARIANCE = C(0.1)  # beyond this variance within a cell, its second-order term says nothing
 
-ROUNDING = C(4e-6)  # relative, of float32's sums: a bound that is met to within it is met
+ROUNDING = C(batch.ROUNDING)
 TEMPERATURE_TOLERANCE = C(1e-6)  # relative
 MAX_TRIALS = C(60)  # of temperatures; bisection alone needs 24
 
@@ -223,6 +223,7 @@ def _bound(p, at, mask, peaks):
             bound = tl.sum(tl.load(at + 9, mask=mask, other=0.0) * scale * scale) / (total * total)
             normalized = (words * bound - 1) / tl.maximum(words - 1, 1.0)
             bound = tl.where(tl.load(p + NORMALIZED) != 0, normalized, bound)
+            # Never the logarithm of 0, nor of what is below 0 by rounding: then all tokens stay.
             lowest = temperature * (tl.log(tl.maximum(bound * total, 1e-37)) - ROUNDING)
             lowest = tl.where(bound > 0, tl.minimum(lowest, 0.0), -float("inf"))
         else:
@@ -780,7 +781,7 @@ def _find_lowest(logits, p, scalars, counts, VOCAB: tl.constexpr):
         else:
             first += found * PART_NUMBERS
             lowest = _find_lowest_in_part(logits, scalars, counts, cold, first, above, above_moment, limit, VOCAB)
-            searching = cell < 0
+            searching = cell < 0  # false: it is found
     return lowest
 
 
