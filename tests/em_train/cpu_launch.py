@@ -1,7 +1,9 @@
 """`em-train` in a process of test_processes.py: FSDP or DeepSpeed, as accelerate's environment says, on the CPU."""
 
+import atexit
 import os
 import sys
+import threading
 
 import torch
 from accelerate import PartialState
@@ -30,4 +32,14 @@ def build_and_print(*arguments):
 
 
 trainers.build_trainer = build_and_print
+
+
+def release_tensors_for_ever():
+    """Do at any time what gloo's threads do seldom: be without the interpreter when it shuts down, and need it then."""
+    rows = torch.ones(100, 100)
+    while True:
+        rows @ rows
+
+
+atexit.register(threading.Thread(target=release_tensors_for_ever, daemon=True).start)
 sys.exit(main())
