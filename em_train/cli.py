@@ -54,8 +54,8 @@ def _run(arguments: Sequence[str] | None) -> int:
 def _leave(status: int) -> NoReturn:
     """End this process with `status`, without the interpreter's own shutdown.
 
-    FSDP keeps gloo's threads alive after the process group was destroyed. One that still has tensors to release when the
-    interpreter shuts down aborts the process, and the launcher then fails a run that is complete.
+    FSDP keeps gloo's threads alive after the process group was destroyed. One that still has tensors to release when
+    the interpreter shuts down aborts the process, and the launcher then fails a run that is complete.
     """
     atexit._run_exitfuncs()  # reporters, such as wandb, send their last figures there
     sys.stdout.flush()
