@@ -258,6 +258,9 @@ SURFACE: dict[tuple[str, str], dict[Expectation, str]] = {
             f"{CHAT}.request", "logprobs", "top_logprobs", "logprob_token_ids", "prompt_logprobs"
         ): "log-probabilities that the client asks for",
     },
+    (HANDLER, "vllm/tokenizers/detokenizer_utils.py"): {
+        signature("convert_ids_list_to_tokens(tokenizer, token_ids)"): "the texts of candidates, as in `logprobs`",
+    },
     (HANDLER, "vllm/exceptions.py"): {
         contains("VLLMClientError", "VLLMError"): "the errors that count as rejected requests",
         contains("VLLMValidationError", "VLLMClientError"): "a refused setting is such an error",

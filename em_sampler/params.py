@@ -6,9 +6,9 @@ section 4 and appendix A; of the methods that remove tokens: the paper that each
 
 from collections.abc import Iterable, Mapping
 from itertools import islice
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from em_sampler.validation import ParamsError, shorten, validate
 
@@ -20,6 +20,7 @@ MAX_FLAT_KEYS = 32  # more than all methods have fields
 
 MAX_THRESHOLD = 20.0  # nats; above the entropy of any vocabulary in use (ln 10^8 = 18.4)
 MAX_STEPS = 64
+MAX_TOP = 20
 CUT = -1  # in statistics, the steps of a token whose method removed others: it took none, but changed the distribution
 MAX_LEARNING_RATE = 10.0
 MAX_KL_WEIGHT = 10.0
@@ -38,6 +39,19 @@ class _Params(BaseModel):
     stats: Literal["none", "summary", "tokens"] = Field(
         default="none", description="Entropies in the response: none, means over each choice, or every token's as well."
     )
+    top: int = Field(
+        default=0,
+        ge=0,
+        le=MAX_TOP,
+        description='With stats "tokens", each token\'s likeliest candidates after the method: this many.',
+    )
+
+    @field_validator("top")
+    @classmethod
+    def _top_is_returned(cls, top: int, info: ValidationInfo) -> int:
+        if top and info.data.get("stats", "tokens") != "tokens":
+            raise ValueError(f'got {top}; must be 0 without `stats` "tokens", which would return the candidates')
+        return top
 
 
 class EMInfParams(_Params):
@@ -73,7 +87,7 @@ class AdaptiveTemperatureParams(_Params):
     max_temperature: Temperature = Field(default=1.0, description="Upper bound of the search.")
 
     @model_validator(mode="after")
-    def _ordered(self) -> "AdaptiveTemperatureParams":
+    def _ordered(self) -> Self:
         if self.min_temperature > self.max_temperature:
             raise ValueError(
                 f"min_temperature {self.min_temperature:g} is above max_temperature {self.max_temperature:g}"

@@ -11,6 +11,7 @@ from typing import Any, get_type_hints
 
 from fastapi import Request
 from vllm.exceptions import VLLMClientError
+from vllm.tokenizers.detokenizer_utils import convert_ids_list_to_tokens
 
 from em_sampler.params import Params
 from em_sampler.validation import ParamsError
@@ -19,6 +20,7 @@ from server.engine import request_stats_var, strategy_run_var
 from server.errors import bad_request, too_many_branches, unsupported_field
 from server.protocol import CHAT_ROUTE, COMPLETIONS_ROUTE, apply_em_inf, resolve_strategy, with_our_fields
 from server.response import OnOutcome, ResponseExtras, with_extras
+from server.stats.collector import TokenTexts
 from server.stats.metrics import UNKNOWN_METHOD, Metrics
 from server.strategies.branches import CountReasoning, NoNextPromptError
 from server.strategies.registry import STRATEGY_KEY
@@ -56,8 +58,15 @@ async def _handle(vllm_handler: VLLMHandler, route: str, request: Any, raw_reque
         return too_many_branches(str(error))
     if params is None and run is None:
         return await vllm_handler(request, raw_request)
-    stats = params.stats if params else "none"
-    extras = ResponseExtras(stats, route == COMPLETIONS_ROUTE, run, _continuous_usage(request, raw_request))
+    stats, top = (params.stats, params.top) if params else ("none", 0)
+    extras = ResponseExtras(
+        stats,
+        route == COMPLETIONS_ROUTE,
+        run,
+        _continuous_usage(request, raw_request),
+        top,
+        _token_texts(raw_request) if top else None,
+    )
     request_stats_var.set(extras.request_stats)
     strategy_run_var.set(run)
     on_outcome = partial(_finish, raw_request.app.state.em_inf_metrics, params, run)
@@ -172,6 +181,12 @@ def _continuous_usage(request: Any, raw_request: Request) -> bool:
     options = getattr(request, "stream_options", None)
     forced = getattr(raw_request.app.state.openai_serving_chat, "enable_force_include_usage", False)
     return bool(forced or (options and options.include_usage and options.continuous_usage_stats))
+
+
+def _token_texts(raw_request: Request) -> TokenTexts | None:
+    """Return what gives the text of each token id, as `logprobs` has it; None without a tokenizer."""
+    tokenizer = raw_request.app.state.openai_serving_chat.renderer.tokenizer
+    return partial(convert_ids_list_to_tokens, tokenizer) if tokenizer else None
 
 
 def _finish(metrics: Metrics, params: Params | None, run: StrategyRun | None, outcome: str) -> None:

@@ -13,7 +13,7 @@ from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from em_sampler.params import EXTRA_ARGS_KEY
-from server.stats.collector import ChoiceStats, RequestStats, summarize
+from server.stats.collector import ChoiceStats, RequestStats, TokenTexts, summarize
 from server.strategies.registry import STRATEGY_KEY
 from server.strategies.run import StrategyRun
 
@@ -36,6 +36,8 @@ class ResponseExtras:
         one_choice_set_per_prompt: bool,
         run: StrategyRun | None = None,
         continuous_usage: bool = False,
+        top: int = 0,
+        texts: TokenTexts | None = None,
     ) -> None:
         """Prepare an HTTP request's extras.
 
@@ -45,11 +47,14 @@ class ResponseExtras:
                 response; elsewhere several engine requests are turns that make up the same choice.
             run: the request's strategy, if it has one.
             continuous_usage: True if the client asked for a usage in every chunk of the stream.
+            top: with stats "tokens", how many candidates of each token.
+            texts: what gives the candidates' texts.
         """
         self.stats = stats
         self.one_choice_set_per_prompt = one_choice_set_per_prompt
         self.run = run
         self.continuous_usage = continuous_usage
+        self.top, self.texts = top, texts
         self.request_stats: list[RequestStats] = []  # of the engine requests made for it, in order (server/engine.py)
 
     def has_fields(self) -> bool:
@@ -79,7 +84,8 @@ class ResponseExtras:
             first = number * len(request.choices) if self.one_choice_set_per_prompt else 0
             for index, choice in enumerate(request.choices, first):
                 choices[index].append(choice)
-        return [summarize(index, parts, self.stats == "tokens") for index, parts in sorted(choices.items())]
+        how = (self.stats == "tokens", self.top, self.texts)
+        return [summarize(index, parts, *how) for index, parts in sorted(choices.items())]
 
     def fix_usage(self, content: str) -> str:
         """Return vLLM's JSON object with the usage of all branches, if it has the usage of one."""

@@ -11,7 +11,14 @@ from numpy.typing import NDArray
 
 from em_sampler.params import RETURN_ADDRESS_KEY
 from em_sampler.stats.transport import SOCKET_NAME_PATTERN
-from em_sampler.stats.wire import TAIL_TOKENS, TOKEN_DTYPE, TOTALS_DTYPE, StructuredArray, add_tokens
+from em_sampler.stats.wire import (
+    CANDIDATES_DTYPE,
+    TAIL_TOKENS,
+    TOKEN_DTYPE,
+    TOTALS_DTYPE,
+    StructuredArray,
+    add_tokens,
+)
 
 # A token is final once this many later ones were sampled: preemption cannot have it sampled again, a stop string cannot
 # cut it off, and it is not among the last TAIL_TOKENS of a choice that a stop string cut.
@@ -49,6 +56,7 @@ class PendingStats:
     def __init__(self) -> None:
         self.tokens: list[StructuredArray] = []  # TOKEN, to be sent
         self.totals: list[StructuredArray] = []  # TOTALS, to be sent
+        self.candidates: list[StructuredArray] = []  # CANDIDATES, to be sent
         self.sampled: list[StructuredArray] = []  # TOKEN, to be folded into totals, in the order of sampling
         self.not_final = np.zeros(0, dtype=TOKEN_DTYPE)  # left over from the last fold
 
@@ -56,11 +64,11 @@ class PendingStats:
         """Return whether `fold` has anything to do."""
         return bool(self.sampled) or len(self.not_final) > 0
 
-    def take(self) -> tuple[list[StructuredArray], list[StructuredArray]]:
-        """Return (tokens, totals) to be sent, which are then no longer here."""
-        tokens, self.tokens = self.tokens, []
-        totals, self.totals = self.totals, []
-        return tokens, totals
+    def take(self) -> tuple[list[StructuredArray], list[StructuredArray], list[StructuredArray]]:
+        """Return (tokens, totals, candidates) to be sent, which are then no longer here."""
+        taken = self.tokens, self.totals, self.candidates
+        self.tokens, self.totals, self.candidates = [], [], []
+        return taken
 
     def fold(self) -> None:
         """Fold final tokens into totals.
@@ -135,6 +143,25 @@ class SlotTable:
         """Fold the final tokens of all API servers into totals."""
         for pending in self.pending.values():
             pending.fold()
+
+    def add_candidates(self, slots: NDArray[np.int32], positions: NDArray[np.int32], found: NDArray[np.int32]) -> None:
+        """Take candidates ([3, rows, k], see candidates.py) of rows with these slots and positions where they belong.
+
+        Rows of requests that did not ask for single tokens are dropped, and so are rows in prefill (position -1).
+        """
+        candidates = np.empty(len(slots), dtype=CANDIDATES_DTYPE)
+        candidates["request_number"], candidates["choice"] = self.request_number[slots], self.choice[slots]
+        candidates["position"], candidates["id"] = positions, 0
+        candidates["before"] = candidates["after"] = np.nan
+        ids, before, after = found
+        k = ids.shape[1]
+        candidates["id"][:, :k] = ids
+        candidates["before"][:, :k], candidates["after"][:, :k] = before.view(np.float32), after.view(np.float32)
+        route_of_row = np.where(positions < 0, -1, self.route[slots])
+        for route in set(route_of_row.tolist()) - {-1}:
+            pending, per_token = self.routes[route]
+            if per_token:
+                pending.candidates.append(candidates[route_of_row == route])
 
     def add(self, step_stats: NDArray[np.int32]) -> None:
         """Take the rows of one or more steps, [recorder.STEP_FIELDS, rows], to the API servers that want them."""

@@ -9,7 +9,7 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import groupby
 from queue import Empty, SimpleQueue
@@ -23,6 +23,7 @@ from torch import Tensor
 
 from em_sampler.stats import transport
 from em_sampler.stats.aggregator import PendingStats, ReturnAddress, SlotTable
+from em_sampler.stats.candidates import Watch
 from em_sampler.stats.wire import MAX_ROWS, StructuredArray, pack
 from em_sampler.transforms.batch import STATS, TransformOutput
 
@@ -51,16 +52,17 @@ class StepBuffer:
         if device.type == "cuda":
             self.pinned = torch.empty(STEP_FIELDS * max_rows, dtype=torch.int32, pin_memory=True)
             event = partial(torch.cuda.Event, enable_timing=True, blocking=True)
-            self.events = event(), event()
+            self.events = event(), event(), event()  # the transform's start and end, and everything is on the host
 
-    def start(self) -> None:
-        """Start the clock, before the transform."""
+    def start(self, watch: Watch | None) -> None:
+        """Start the clock, before the transform. `watch`: the rows whose candidates are wanted."""
+        self.watch = watch
         if self.pinned is not None:
             self.events[0].record()
         self.seconds = -time.perf_counter()
 
     def finish(self, slots: Tensor, positions: Tensor, output: TransformOutput) -> None:
-        """Stop the clock and copy the transform's stats to the host.
+        """Stop the clock and copy the transform's stats to the host, then the candidates.
 
         Args:
             slots: int32 [rows], the slot of each row's request; -1 without one.
@@ -75,13 +77,23 @@ class StepBuffer:
             self.stats = pinned.copy_(stats, non_blocking=True).numpy()
             self.events[1].record()
         self.seconds += time.perf_counter()
+        if self.watch:
+            found = self.watch.candidates(output.logits)
+            self.candidates = found.to("cpu", non_blocking=True).numpy()
+        if self.pinned is not None:
+            self.events[2].record()
 
     def wait(self) -> tuple[NDArray[np.int32], float]:
-        """Return (stats [STEP_FIELDS, rows], seconds the transform took) once they are on the host."""
+        """Return (stats [STEP_FIELDS, rows], seconds the transform took) once all of it is on the host."""
         if self.pinned is None:
             return self.stats, self.seconds
-        self.events[1].synchronize()
+        self.events[2].synchronize()
         return self.stats, self.events[0].elapsed_time(self.events[1]) / 1000
+
+    def take_candidates(self) -> tuple[NDArray[np.int32], NDArray[np.int32]] | None:
+        """Return (stats [STEP_FIELDS, rows], candidates [3, rows, k]) of the watched rows, after `wait`."""
+        watch, self.watch = self.watch, None  # its memory is free then
+        return (self.stats[:, watch.rows], self.candidates) if watch else None
 
 
 class StatsRecorder:
@@ -115,8 +127,11 @@ class StatsRecorder:
         if self._thread_takes_events():  # a new thread gets all of `assigned`
             self.events.put((slot, return_address))
 
-    def start_step(self) -> StepBuffer | None:
-        """Return a buffer for the next step, its clock started; None if nobody wants its stats or no buffer is free."""
+    def start_step(self, watch: Watch | None = None) -> StepBuffer | None:
+        """Return a buffer for the next step, its clock started; None if nobody wants its stats or no buffer is free.
+
+        `watch`: the rows whose candidates are wanted too.
+        """
         if not self.assigned:
             return None
         if not self._thread_takes_events():
@@ -125,7 +140,7 @@ class StatsRecorder:
             self.dropped += len(self.assigned)
             return None
         buffer = self.free_buffers.popleft()
-        buffer.start()
+        buffer.start(watch)
         return buffer
 
     def _thread_takes_events(self) -> bool:
@@ -179,7 +194,7 @@ class StatsRecorder:
                     last_fold = time.monotonic()
                     slots.fold()
                 for socket_name, pending in slots.pending.items():
-                    if pending.tokens or pending.totals:
+                    if pending.tokens or pending.totals or pending.candidates:
                         sender.send(socket_name, pending, self.dropped)
             if not slots.any_per_token():
                 time.sleep(IDLE_SLEEP_S)
@@ -194,6 +209,9 @@ class StatsRecorder:
                 stats, seconds = buffer.wait()
                 steps.append(stats)
                 sender.seconds += seconds
+                if found := buffer.take_candidates():
+                    (rows_of, positions, *_), candidates = found
+                    slots.add_candidates(rows_of, positions, candidates)
         try:
             if steps:
                 slots.add(np.concatenate(steps, axis=1))
@@ -235,19 +253,27 @@ class StatsSender:
 
         `dropped`: rows lost before they came here, since the start.
         """
-        tokens, totals = pending.take()
+        tokens, totals, candidates = pending.take()
         for rows in _chunks(totals):  # first: they replace no token that is sent with them
-            self._send(socket_name, [], [rows], dropped)
+            self._send(socket_name, dropped, totals=[rows])
+        for rows in _chunks(candidates):  # before the tokens: a reply waits for those alone
+            self._send(socket_name, dropped, candidates=[rows])
         for rows in _chunks(tokens):
-            self._send(socket_name, [rows], [], dropped)
+            self._send(socket_name, dropped, tokens=[rows])
 
     def _send(
-        self, socket_name: str, tokens: list[StructuredArray], totals: list[StructuredArray], dropped: int
+        self,
+        socket_name: str,
+        dropped: int,
+        tokens: Sequence[StructuredArray] = (),
+        totals: Sequence[StructuredArray] = (),
+        candidates: Sequence[StructuredArray] = (),
     ) -> None:
         lost = self.lost
-        self.lost += sum(map(len, tokens)) + sum(map(len, totals))  # until they are sent
+        self.lost += sum(map(len, (*tokens, *totals)))  # until they are sent
         with contextlib.suppress(zmq.ZMQError, FileNotFoundError):
-            message = pack(socket_name, tokens, totals, self.seconds, dropped + lost - self.reported)
+            lost_since = dropped + lost - self.reported
+            message = pack(socket_name, tokens, totals, self.seconds, lost_since, candidates)
             if socket_name not in self.sockets:
                 self.sockets[socket_name] = transport.connect(self.context, self.server_address, socket_name)
             self.sockets[socket_name].send(message, zmq.NOBLOCK)

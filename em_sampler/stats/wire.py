@@ -5,13 +5,15 @@ A server takes any bytes: what is not a message of this version, or cannot be tr
 Entropies are in nats. NaN means not measured: the row held NaN or +inf and was passed through.
 """
 
+import itertools
 import secrets
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from em_sampler.params import CUT, MAX_STEPS
+from em_sampler.params import CUT, MAX_STEPS, MAX_TOP
 
 # Upper bounds of the histograms' buckets, in nats; one more bucket is above the last. ln 160,000 = 12.
 ENTROPY_BUCKETS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0, 10.0, 12.0)
@@ -21,8 +23,12 @@ TAIL_TOKENS = 32  # at the end of a choice, whose mean entropy a summary has; wo
 # One token's entropy before and after the method, its varentropy before it (NaN: not asked for), and the gradient steps
 # between them (CUT: the method removed tokens).
 VALUES_DTYPE = np.dtype([("before", "f4"), ("after", "f4"), ("varentropy", "f4"), ("steps", "i4")])
-# The same with the token's place: request (numbered by its API server), choice, and position in the choice.
-TOKEN_DTYPE = np.dtype([("request_number", "u8"), ("choice", "u4"), ("position", "u4"), *VALUES_DTYPE.descr])
+# A token's place: request (numbered by its API server), choice, and position in the choice.
+_PLACE = [("request_number", "u8"), ("choice", "u4"), ("position", "u4")]
+TOKEN_DTYPE = np.dtype([*_PLACE, *VALUES_DTYPE.descr])
+# What could have been at that place, the likeliest after the method first: token ids, and their probabilities before
+# and after the method (NaN: fewer candidates than that).
+CANDIDATES_DTYPE = np.dtype([*_PLACE, ("id", "u4", MAX_TOP), ("before", "f4", MAX_TOP), ("after", "f4", MAX_TOP)])
 HISTOGRAMS = ("before", "after", "reduction")
 # Many tokens of one choice. All of them have positions in range(first, end).
 TOTALS_DTYPE = np.dtype(
@@ -45,9 +51,9 @@ TOTALS_DTYPE = np.dtype(
 _NOT_SUMMED = ("request_number", "choice", "first", "end", "highest", "highest_position")
 SUMMED_FIELDS = [name for name in TOTALS_DTYPE.names or () if name not in _NOT_SUMMED]
 
-# The start of a message: what it is, whom it is for, and how many TOKEN and TOTALS rows follow. Since the worker's last
-# message: seconds spent in the transform, and rows lost on the way.
-MAGIC, VERSION = b"EMST", 2  # change VERSION with any of the types above or MAX_ROWS
+# The start of a message: what it is, whom it is for, and how many TOKEN, TOTALS and CANDIDATES rows follow. Since the
+# worker's last message: seconds spent in the transform, and rows lost on the way.
+MAGIC, VERSION = b"EMST", 3  # change VERSION with any of the types above or MAX_ROWS
 HEADER_DTYPE = np.dtype(
     [
         ("magic", "S4"),
@@ -55,6 +61,7 @@ HEADER_DTYPE = np.dtype(
         ("socket_name", "S40"),
         ("tokens", "u4"),
         ("totals", "u4"),
+        ("candidates", "u4"),
         ("seconds", "f8"),
         ("dropped", "u8"),
     ]
@@ -66,6 +73,7 @@ MAX_NATS = 100.0
 MAX_VARENTROPY = MAX_NATS**2
 MAX_SECONDS = 1e6
 MAX_DROPPED = 2**40
+MAX_PROBABILITY = 1.001  # float32's sums over a vocabulary round
 
 StructuredArray = NDArray[np.void]
 
@@ -105,6 +113,15 @@ def _raise_highest(totals: StructuredArray, row: int, entropy: float, position: 
         totals["highest"][row], totals["highest_position"][row] = entropy, position
 
 
+class Message(NamedTuple):
+    """A worker's message, read. Its rows may be out of range."""
+
+    tokens: StructuredArray  # TOKEN
+    totals: StructuredArray  # TOTALS
+    header: np.void  # HEADER
+    candidates: StructuredArray  # CANDIDATES
+
+
 class MessageError(Exception):
     """A message that is not taken in. `reason`: one of REJECTION_REASONS."""
 
@@ -123,15 +140,16 @@ def pack(
     totals: Sequence[StructuredArray],
     seconds: float,
     dropped: int,
+    candidates: Sequence[StructuredArray] = (),
 ) -> bytes:
     """Make a worker's message to an API server, of at most MAX_ROWS rows. `seconds`, `dropped`: see HEADER_DTYPE."""
-    counts = sum(map(len, tokens)), sum(map(len, totals))
+    counts = [sum(map(len, rows)) for rows in (tokens, totals, candidates)]
     header = np.array((MAGIC, VERSION, socket_name.encode(), *counts, seconds, dropped), dtype=HEADER_DTYPE)
-    return b"".join(part.tobytes() for part in (header, *tokens, *totals))
+    return b"".join(part.tobytes() for part in (header, *tokens, *totals, *candidates))
 
 
-def unpack(message: bytes, socket_name: str) -> tuple[StructuredArray, StructuredArray, np.void]:
-    """Return (tokens, totals, header) of a message to `socket_name`. Rows may be out of range.
+def unpack(message: bytes, socket_name: str) -> Message:
+    """Read a message to `socket_name`.
 
     Raises:
         MessageError: if it is not such a message, whatever its bytes.
@@ -143,15 +161,19 @@ def unpack(message: bytes, socket_name: str) -> tuple[StructuredArray, Structure
         raise MessageError("version")
     if not secrets.compare_digest(bytes(header["socket_name"]), socket_name.encode()):
         raise MessageError("recipient")
-    n_tokens, n_totals = int(header["tokens"]), int(header["totals"])
-    tokens_end = HEADER_DTYPE.itemsize + n_tokens * TOKEN_DTYPE.itemsize
-    if n_tokens + n_totals > MAX_ROWS or len(message) != tokens_end + n_totals * TOTALS_DTYPE.itemsize:
+    parts = [(TOKEN_DTYPE, "tokens"), (TOTALS_DTYPE, "totals"), (CANDIDATES_DTYPE, "candidates")]
+    counts = [int(header[name]) for _, name in parts]
+    sizes = [count * dtype.itemsize for count, (dtype, _) in zip(counts, parts, strict=True)]
+    if sum(counts) > MAX_ROWS or len(message) != HEADER_DTYPE.itemsize + sum(sizes):
         raise MessageError("malformed")
     if not 0 <= header["seconds"] <= MAX_SECONDS or header["dropped"] > MAX_DROPPED:  # NaN is in no range
         raise MessageError("out_of_range")
-    tokens: StructuredArray = np.frombuffer(message, TOKEN_DTYPE, count=n_tokens, offset=HEADER_DTYPE.itemsize)
-    totals: StructuredArray = np.frombuffer(message, TOTALS_DTYPE, count=n_totals, offset=tokens_end)
-    return tokens, totals, header
+    starts = itertools.accumulate(sizes, initial=HEADER_DTYPE.itemsize)
+    tokens, totals, candidates = (
+        np.frombuffer(message, dtype, count, start)
+        for (dtype, _), count, start in zip(parts, counts, starts, strict=False)
+    )
+    return Message(tokens, totals, header, candidates)
 
 
 def tokens_in_range(tokens: StructuredArray) -> NDArray[np.bool_]:
@@ -162,6 +184,15 @@ def tokens_in_range(tokens: StructuredArray) -> NDArray[np.bool_]:
     steps = (tokens["steps"] >= CUT) & (tokens["steps"] <= MAX_STEPS)
     varentropy = np.isnan(tokens["varentropy"]) | (np.abs(tokens["varentropy"]) <= MAX_VARENTROPY)
     good: NDArray[np.bool_] = (measured | passed_through) & steps & varentropy & (tokens["position"] < MAX_POSITION)
+    return good
+
+
+def candidates_in_range(candidates: StructuredArray) -> NDArray[np.bool_]:
+    """Return which CANDIDATES rows a worker can have found."""
+    before, after = candidates["before"], candidates["after"]
+    found = (before >= 0) & (before <= MAX_PROBABILITY) & (after >= 0) & (after <= MAX_PROBABILITY)
+    absent = np.isnan(before) & np.isnan(after)
+    good: NDArray[np.bool_] = (found | absent).all(axis=1) & (candidates["position"] < MAX_POSITION)
     return good
 
 

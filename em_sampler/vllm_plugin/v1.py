@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from vllm.config import VllmConfig
 from vllm.sampling_params import SamplingParams
@@ -14,6 +15,7 @@ from vllm.v1.sample.logits_processor.interface import BatchUpdate, LogitsProcess
 
 from em_sampler.params import Params
 from em_sampler.stats.aggregator import ReturnAddress
+from em_sampler.stats.candidates import Watch
 from em_sampler.stats.recorder import StatsRecorder
 from em_sampler.transforms.batch import BatchParams
 from em_sampler.vllm_plugin.request import params_of
@@ -42,6 +44,7 @@ class V1Processor(LogitsProcessor):
         self.batch_params: BatchParams | None = None
         self.slots: Tensor  # int32 [rows], -1 for a row without a method
         self.output_token_ids: list[list[int]]  # [rows]
+        self.watched: NDArray[np.int64]  # the rows whose candidates are wanted
         self.transform = build_transform(parallel, vllm_config.model_config.get_vocab_size(), device, rows)
         self.recorder = StatsRecorder(rows, rows, device, enabled=is_first_rank)
 
@@ -81,7 +84,8 @@ class V1Processor(LogitsProcessor):
             )
             self.slots = self._on_device([request.slot if request else -1 for request in requests])
             self.output_token_ids = [request.output_token_ids if request else [] for request in requests]
-        buffer = self.recorder.start_step()
+            self.watched = np.flatnonzero([request.params.top if request else 0 for request in requests])
+        buffer = self.recorder.start_step(Watch.of(logits, self.watched))
         output = self.transform(logits, self.batch_params)
         if buffer:
             # A request still in prefill samples its next token again and again: the last time counts.

@@ -5,6 +5,7 @@ Contract: vllm/v1/worker/gpu/sample/logits_processor/interface.py, vLLM 0.31 to 
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from vllm.config import VllmConfig
 from vllm.sampling_params import SamplingParams
@@ -16,6 +17,7 @@ from vllm.v1.worker.gpu.sample.logits_processor.interface import (
 
 from em_sampler.params import Params
 from em_sampler.stats.aggregator import ReturnAddress
+from em_sampler.stats.candidates import Watch
 from em_sampler.stats.recorder import StatsRecorder
 from em_sampler.transforms.batch import BatchParams, Column, host_limits, pack_row, to_device
 from em_sampler.transforms.eager import EagerTransform
@@ -37,6 +39,7 @@ class V2Processor(LogitsProcessor):
         self.req_states = req_states
         self.params: list[Params | None] = [None] * slots
         self.has_method = np.zeros(slots, dtype=bool)
+        self.top = np.zeros(slots, dtype=np.int64)  # candidates that each slot's request wants
         self.device = device
         self.table = np.zeros((slots, len(Column)), dtype=np.float32)  # `pack_row` of each slot's params
         self.device_table = to_device(self.table, device)
@@ -50,6 +53,7 @@ class V2Processor(LogitsProcessor):
         params = self.params[req_idx] = params_of(sampling_params)
         self.recorder.assign(req_idx, ReturnAddress.from_extra_args(sampling_params.extra_args) if params else None)
         self.has_method[req_idx] = params is not None
+        self.top[req_idx] = params.top if params else 0
         self.table[req_idx] = pack_row(params, sampling_params.temperature)
         self.is_stale = True
         return bool(self.has_method[req_idx])
@@ -69,11 +73,17 @@ class V2Processor(LogitsProcessor):
         # Only the eager form asks for the limits, which take longer to find than the fast forms take to start.
         limits = host_limits([self.params[slot] for slot in active]) if self.needs_limits else (0, frozenset())
         batch_params = BatchParams(values, *limits)
-        buffer = self.recorder.start_step()
+        buffer = self.recorder.start_step(Watch.of(logits, self._watched(ctx)))
         output = self.transform(logits, batch_params)
         if buffer:
             self.recorder.finish_step(buffer, ctx.expanded_idx_mapping.int(), self._positions(ctx), output)
         return logits
+
+    def _watched(self, ctx: LogitsContext) -> NDArray[np.int64]:
+        """Return the rows whose candidates are wanted; all of them if some are and only the device knows which."""
+        watched = np.flatnonzero(self.top[ctx.idx_mapping_np])
+        rows = len(ctx.expanded_idx_mapping)
+        return watched if rows == len(ctx.idx_mapping_np) or not len(watched) else np.arange(rows)
 
     def _positions(self, ctx: LogitsContext) -> Tensor:
         """Return each row's token's position in its choice, int32 [rows]; -1 for a request still in prefill."""

@@ -9,7 +9,7 @@ import contextlib
 import itertools
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,6 +25,7 @@ from em_sampler.stats.wire import (
     MessageError,
     add_tokens,
     add_totals,
+    candidates_in_range,
     tokens_in_range,
     totals_in_range,
     unpack,
@@ -39,6 +40,7 @@ POLL_INTERVAL_S = 0.1  # how often the socket is read while requests are in flig
 MAX_FRAMES_PER_TURN = 32  # of the event loop; about 30 ms if each is as large as can be
 
 TokenStats = tuple[float, float, float, int]  # entropy before and after, varentropy, steps: as in VALUES_DTYPE
+TokenTexts = Callable[[list[int]], list[str]]  # the text of each token id
 
 
 class ChoiceStats:
@@ -48,6 +50,7 @@ class ChoiceStats:
         self.tokens = 0  # the choice's length
         self.by_position: dict[int, TokenStats] = {}  # a token's last stats count
         self.totals = np.zeros(1, dtype=TOTALS_DTYPE)  # of tokens that are not in `by_position`
+        self.candidates: dict[int, np.void] = {}  # by position, a row of CANDIDATES
 
     def add_totals(self, totals: np.void) -> None:
         """Add TOTALS from a worker; they replace the single tokens at their positions."""
@@ -147,8 +150,9 @@ class StatsCollector:
         Raises:
             MessageError: if it is none, or holds rows that no worker can have sent; the others are taken in.
         """
-        tokens, totals, header = unpack(message, self.socket_name)
+        tokens, totals, header, candidates = unpack(message, self.socket_name)
         good_tokens, good_totals = tokens[tokens_in_range(tokens)], totals[totals_in_range(totals)]
+        good_candidates = candidates[candidates_in_range(candidates)]
         changed = set()
         for row in good_totals:  # first: they do not include the tokens of the same message
             if choice := self._find(int(row["request_number"]), int(row["choice"])):
@@ -158,11 +162,14 @@ class StatsCollector:
             if choice := self._find(number, index):
                 choice.by_position[position] = tuple(values)
                 changed.add(number)
+        for row in good_candidates:
+            if choice := self._find(int(row["request_number"]), int(row["choice"])):
+                choice.candidates[int(row["position"])] = row.copy()  # without the rest of the message
         self.metrics.observe_worker(float(header["seconds"]), int(header["dropped"]))
         for number in changed:
             if self.requests[number].is_complete():
                 self._finalize(self.requests[number])
-        if len(good_tokens) < len(tokens) or len(good_totals) < len(totals):
+        if [*map(len, (good_tokens, good_totals, good_candidates))] != [*map(len, (tokens, totals, candidates))]:
             raise MessageError("out_of_range")
 
     def _watch(self) -> None:
@@ -237,13 +244,17 @@ class StatsCollector:
         request.final.set()
 
 
-def summarize(index: int, parts: Sequence[ChoiceStats], per_token: bool) -> dict[str, Any]:
+def summarize(
+    index: int, parts: Sequence[ChoiceStats], per_token: bool, top: int = 0, texts: TokenTexts | None = None
+) -> dict[str, Any]:
     """Make the response's summary of one choice from its final stats. Contract: docs/http.md.
 
     Args:
         index: the choice's.
         parts: in order; several if several engine requests made the choice.
         per_token: add every token's stats.
+        top: with them, so many candidates.
+        texts: the candidates' texts; null without.
     """
     totals = np.zeros(1, dtype=TOTALS_DTYPE)
     add_totals(totals, [part.totals[0] for part in parts])
@@ -272,8 +283,32 @@ def summarize(index: int, parts: Sequence[ChoiceStats], per_token: bool) -> dict
         "steps": int(row["steps"]),
     }
     if per_token:
-        summary["per_token"] = [_token(part.by_position.get(i)) for part in parts for i in range(part.tokens)]
+        summary["per_token"] = _per_token(parts, top, texts)
     return summary
+
+
+def _per_token(parts: Sequence[ChoiceStats], top: int, texts: TokenTexts | None) -> list[dict[str, Any] | None]:
+    tokens = [_token(part.by_position.get(i)) for part in parts for i in range(part.tokens)]
+    if top:
+        rows = [part.candidates.get(i) for part in parts for i in range(part.tokens)]
+        ids = list({token_id for row in rows if row is not None for token_id in row["id"][:top].tolist()})
+        text_of = dict(zip(ids, texts(ids), strict=True)) if texts else {}
+        for token, row in zip(tokens, rows, strict=True):
+            if token:
+                token["top"] = _candidates(row, top, text_of)
+    return tokens
+
+
+def _candidates(row: np.void | None, top: int, text_of: Mapping[int, str]) -> list[dict[str, Any]] | None:
+    """Return the first `top` candidates of one token."""
+    if row is None:
+        return None  # missing
+    columns = (row[name][:top].tolist() for name in ("id", "before", "after"))
+    return [
+        {"id": token_id, "token": text_of.get(token_id), "before": _probability(before), "after": _probability(after)}
+        for token_id, before, after in zip(*columns, strict=True)
+        if not math.isnan(before)
+    ]
 
 
 def _tail(parts: Sequence[ChoiceStats]) -> float | None:
@@ -293,6 +328,11 @@ def _token(stats: TokenStats | None) -> dict[str, Any] | None:
         return None  # missing
     before, after, varentropy, steps = stats
     return {"before": _nats(before), "after": _nats(after), "varentropy": _nats(varentropy), "steps": max(steps, 0)}
+
+
+def _probability(p: float) -> float:
+    """Round to six digits, which float32 has."""
+    return min(float(f"{p:.6g}"), 1.0)
 
 
 def _nats(entropy: float) -> float | None:

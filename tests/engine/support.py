@@ -86,11 +86,13 @@ def check_stats(response: dict[str, Any], em_inf: dict[str, Any], temperature: f
         assert np.abs(np.array(before) - [reference.entropy(row) for row in rows]).max() < 1e-4
         params, changed = parse_params(em_inf), 0
         for row, token in zip(rows, per_token, strict=True):
-            after, steps = reference_stats(row, params, temperature)
+            row_after, steps = reference_row(row, params, temperature)
             # So near the threshold, float32 may fall on either side of it.
             if abs(token["before"] - getattr(params, "threshold", -1)) > 1e-4:
                 assert token["steps"] == max(steps, 0)
-                assert abs(token["after"] - after) < 5e-3  # float32 over many steps; adam magnifies rounding
+                # float32 over many steps; adam magnifies rounding
+                assert abs(token["after"] - reference.entropy(row_after)) < 5e-3
+                check_candidates(token.get("top", []), params.top, row, row_after)
             changed += steps == CUT or token["steps"] > 0
         assert summary["steps"] == sum(token["steps"] for token in per_token)
         assert summary["optimized_tokens"] == changed
@@ -105,19 +107,32 @@ def check_stats(response: dict[str, Any], em_inf: dict[str, Any], temperature: f
     return count
 
 
-def reference_stats(row: reference.Row, params: Any, temperature: float = 1.0) -> tuple[float, int]:
-    """Return the entropy after the method, in nats, and the steps by the reference; CUT if it removes tokens."""
+def check_candidates(
+    candidates: list[dict[str, Any]], top: int, before: reference.Row, after: reference.Row, error: float = 5e-3
+) -> None:
+    """Check one token's candidates against its rows before and after the method; `error`: of probabilities after it."""
+    assert len(candidates) == min(top, len(before))
+    ids = [candidate["id"] for candidate in candidates]
+    assert len(set(ids)) == len(ids)
+    p_before, p_after = reference.softmax(before), reference.softmax(after)
+    assert [candidate["before"] for candidate in candidates] == pytest.approx(p_before[ids], abs=1e-4)
+    assert [candidate["after"] for candidate in candidates] == pytest.approx(p_after[ids], abs=error)
+    listed = [(candidate["after"], candidate["before"]) for candidate in candidates]
+    assert listed == sorted(listed, reverse=True) or p_before[ids] == pytest.approx(sorted(p_before[ids])[::-1])
+    others = np.delete(p_after, ids)
+    assert not ids or not len(others) or others.max() <= listed[-1][0] + error
+
+
+def reference_row(row: reference.Row, params: Any, temperature: float = 1.0) -> tuple[reference.Row, int]:
+    """Return the row after the method and the steps by the reference; CUT if it removes tokens."""
     if params.method == "em_inf":
-        changed, steps = reference.em_inf(row, params)
-        return reference.entropy(changed), steps
+        return reference.em_inf(row, params)
     if params.method == "adaptive_temperature":
-        return reference.entropy(row / reference.temperature(row, params)), int(
-            reference.entropy(row) > params.threshold
-        )
+        return row / reference.temperature(row, params), int(reference.entropy(row) > params.threshold)
     if isinstance(params, TruncationParams) and temperature > 0:
         kept = reference.kept(row, params, temperature)
-        return reference.entropy(np.where(kept, row, -np.inf)), 0 if kept.all() else CUT
-    return reference.entropy(row), 0
+        return np.where(kept, row, -np.inf), 0 if kept.all() else CUT
+    return row, 0
 
 
 def run_client_example(script: str, server: Server) -> str:

@@ -17,7 +17,7 @@ from benchmarks.real_models import PackageError, fetch
 from em_sampler.params import parse_params
 from em_sampler.transforms import reference
 from tests.engine.launch import Server, full_logprobs, serve
-from tests.engine.support import reference_stats
+from tests.engine.support import check_candidates, reference_row
 
 pytestmark = [pytest.mark.engine, pytest.mark.real_model]
 
@@ -152,7 +152,8 @@ def test_a_reply_can_be_forked_inside_a_character(
 
 def test_entropies_are_those_of_the_engines_full_logprobs(server: Server, model: Path) -> None:
     """On 1,000 sampled tokens: vLLM's offline `LLM`, without the plugin, gives all 49,152 log-probabilities of each."""
-    fields = {"temperature": 1, "max_tokens": 100, "ignore_eos": True, "em_inf": EM | {"stats": "tokens"}}
+    em_inf = EM | {"stats": "tokens", "top": 10}
+    fields = {"temperature": 1, "max_tokens": 100, "ignore_eos": True, "em_inf": em_inf}
     replies = chat(server, OPEN, seed=1, n=10, **fields)
     prompts = [replies["prompt_token_ids"] + choice["token_ids"] for choice in replies["choices"]]
     rows = full_logprobs(model, prompts, last=100).astype(np.float64)
@@ -160,9 +161,10 @@ def test_entropies_are_those_of_the_engines_full_logprobs(server: Server, model:
     stats = [token for summary in replies["em_inf"] for token in summary["per_token"]]
     assert [token["before"] for token in stats] == pytest.approx([reference.entropy(row) for row in rows], abs=1e-3)
     for token, row in list(zip(stats, rows, strict=True))[::10]:
-        after, steps = reference_stats(row, parse_params(EM))
+        row_after, steps = reference_row(row, parse_params(EM))
         if abs(token["before"] - EM["threshold"]) > 1e-3:
-            assert (token["steps"], token["after"]) == (steps, pytest.approx(after, abs=5e-3))
+            assert (token["steps"], token["after"]) == (steps, pytest.approx(reference.entropy(row_after), abs=5e-3))
+            check_candidates(token["top"], 10, row, row_after)
     assert sum(token["steps"] > 0 for token in stats) > 500  # half of an open question's tokens are unsure
 
 

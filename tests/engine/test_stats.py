@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import math
 from typing import Any
 
 import openai
@@ -14,6 +15,7 @@ pytestmark = pytest.mark.engine
 
 NONE = {"method": "none"}
 TOP_H, P_LESS = {"method": "top_h"}, {"method": "p_less"}
+TOPS = [0, 20, 5, 0]
 METHOD_SETTINGS: list[Any] = [EM, NONE, ADAPTIVE, EM | {"optimizer": "sgd", "learning_rate": 2.0}, TOP_H, P_LESS]
 
 
@@ -28,7 +30,7 @@ def test_every_tokens_stats_match_the_reference(engine: Server) -> None:
             "temperature": 1.5,
         }
         | ALL_LOGPROBS
-        | {"em_inf": METHOD_SETTINGS[i % 6] | {"stats": "tokens"}, "n": 3 if i % 7 == 3 else 1}
+        | {"em_inf": METHOD_SETTINGS[i % 6] | {"stats": "tokens", "top": TOPS[i % 4]}, "n": 3 if i % 7 == 3 else 1}
         | ({"temperature": 0, "n": 1} if i % 9 == 5 else {})
         for i in range(40 if engine.runner == "v1" else 10)
     ]
@@ -68,6 +70,33 @@ def test_chat(v1: Server) -> None:
     assert any(summary["optimized_tokens"] for summary in full.values())
     short = {index: {k: v for k, v in summary.items() if k != "per_token"} for index, summary in full.items()}
     assert summaries(v1.client, "summary", stream=False) == summaries(v1.client, "summary", stream=True) == short
+
+
+def test_candidates_have_the_texts_that_logprobs_have(v1: Server) -> None:
+    """Streamed and not; with every route's own way to ask for log-probabilities."""
+    em_inf = NONE | {"stats": "tokens", "top": 5}
+    chat = {"logprobs": True, "top_logprobs": 5, "max_tokens": 12, "seed": 3, "temperature": 1.5, "messages": CHAT}
+    response = v1.http.post("/v1/chat/completions", json=chat | {"model": "demo", "em_inf": em_inf}).json()
+    tokens_of_choice = response["choices"][0]["logprobs"]["content"]
+    per_token = response["em_inf"][0]["per_token"]
+    for candidates, token in zip([token["top"] for token in per_token], tokens_of_choice, strict=True):
+        listed = {(each["token"], round(math.exp(each["logprob"]), 4)) for each in token["top_logprobs"]}
+        assert {(each["token"], round(each["before"], 4)) for each in candidates} == listed
+        assert all(each["after"] == each["before"] for each in candidates)
+    body = {name: value for name, value in chat.items() if "logprobs" not in name} | {"model": "demo", "em_inf": em_inf}
+    lines = v1.http.post("/v1/chat/completions", json=body | {"stream": True}).text.strip().split("\n\n")
+    assert json.loads(lines[-2].removeprefix("data: "))["em_inf"][0]["per_token"] == per_token
+
+
+def test_candidates_of_a_method_that_removes_tokens_end_with_those(engine: Server) -> None:
+    em_inf = {"method": "greedy_below", "p_max": 1.0, "stats": "tokens", "top": 4}
+    [response] = complete(engine, {"prompt": UNSURE, "max_tokens": 10, "ignore_eos": True, "em_inf": em_inf})
+    for token in response["em_inf"][0]["per_token"]:
+        assert [candidate["after"] for candidate in token["top"]] == [1, 0, 0, 0]
+        before = [candidate["before"] for candidate in token["top"]]
+        assert before == sorted(before, reverse=True) and 0 < sum(before) <= 1.0001
+    ids = [token["top"][0]["id"] for token in response["em_inf"][0]["per_token"]]
+    assert ids == response["choices"][0]["token_ids"]
 
 
 @pytest.mark.essential
@@ -193,6 +222,9 @@ def test_tokens_after_a_stop_string_have_no_stats(v1: Server) -> None:
             None,
             "em-serve's completions, chat and responses",
         ),
+        ("/v1/chat/completions", {"em_inf": {"stats": "summary", "top": 3}}, "body.em_inf.top", "got 3; must be 0"),
+        ("/v1/completions", {"vllm_xargs": {"em_inf_top": 3}}, "body.vllm_xargs.em_inf_top", "got 3; must be 0"),
+        ("/v1/completions", {"em_inf": {"stats": "tokens", "top": 21}}, "body.em_inf.top", "from 0 up to 20"),
         (
             "/v1/responses",
             {"em_inf": {"stats": "tokens"}, "background": True},

@@ -9,7 +9,7 @@ import numpy as np
 
 from em_sampler.stats.aggregator import ReturnAddress
 from em_sampler.stats.transport import listen
-from em_sampler.stats.wire import StructuredArray, unpack
+from em_sampler.stats.wire import Message, StructuredArray, unpack
 
 ONE, OTHER = "0123456789abcdef" * 2 + ".0", "f" * 32 + ".1"  # socket names
 KEY = "a key for tests, 32 characters or more"
@@ -42,6 +42,10 @@ class Server:
 
     def receive(self) -> tuple[StructuredArray, StructuredArray, np.void]:
         """Wait for a message; (tokens, totals, header)."""
+        return self.message()[:3]
+
+    def message(self) -> Message:
+        """Wait for a message."""
         assert self.socket.poll(10_000), "nothing came"
         return unpack(self.socket.recv(), self.socket_name)
 

@@ -93,7 +93,7 @@ def add(slots: SlotTable, *tokens: tuple[int, int, TokenStats]) -> None:
 
 def sent(slots: SlotTable) -> tuple[list[tuple[Any, ...]], StructuredArray]:
     """(tokens, totals) that are sent to the API server next."""
-    tokens, totals = slots.pending[ONE].take()
+    tokens, totals, _ = slots.pending[ONE].take()
     return read(np.concatenate([np.zeros(0, TOKEN_DTYPE), *tokens])), np.concatenate(
         [np.zeros(0, TOTALS_DTYPE), *totals]
     )

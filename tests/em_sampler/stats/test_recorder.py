@@ -14,6 +14,7 @@ import torch
 
 from em_sampler.stats import recorder as recorder_module
 from em_sampler.stats.aggregator import FINAL_AFTER_TOKENS
+from em_sampler.stats.candidates import Watch
 from em_sampler.stats.curve import KEY_ENV
 from em_sampler.stats.recorder import MAX_IN_FLIGHT_STEPS, StatsRecorder, StepBuffer
 from em_sampler.stats.transport import ADDRESS_ENV, SOCKET_DIR_ENV, socket_dir
@@ -41,12 +42,36 @@ def test_a_buffer_takes_a_step_to_the_host() -> None:
     slots, positions = torch.tensor([4, -1]).int().to(DEVICE), torch.tensor([7, 0]).int().to(DEVICE)
     buffer = StepBuffer(3, DEVICE)
     with forbidden_to_wait():
-        buffer.start()
+        buffer.start(None)
         buffer.finish(slots, positions, output)
     stats, seconds = buffer.wait()
     assert stats[[0, 1, 5]].tolist() == [[4, -1], [7, 0], [3, 0]]
     assert repr(stats[2:5].view("f4").tolist()) == "[[1.5, nan], [0.5, nan], [2.5, nan]]"
     assert seconds > 0
+
+
+def test_a_buffer_takes_candidates_to_the_host() -> None:
+    """Of the rows that are watched, as they are after the transform."""
+    logits = torch.tensor([[9.0, 9.0, 9.0], [0.0, 1.0, 2.0], [9.0, 9.0, 9.0], [5.0, 4.0, 3.0]]).to(DEVICE)
+    nothing = [torch.zeros(4).to(DEVICE)] * 3
+    slots, positions = torch.tensor([4, 3, -1, 1]).int().to(DEVICE), torch.tensor([7, 0, 5, 2]).int().to(DEVICE)
+    buffer = StepBuffer(4, DEVICE)
+    with forbidden_to_wait():
+        buffer.start(Watch.of(logits, np.array([1, 3])))
+        logits[1] = torch.tensor([0.0, 2.0, 1.0])
+        buffer.finish(slots, positions, TransformOutput.of(logits, *nothing, torch.zeros(4).int().to(DEVICE)))
+    buffer.wait()
+    taken = buffer.take_candidates()
+    assert taken is not None
+    stats, (ids, before, after) = taken
+    assert stats[:2].tolist() == [[3, 1], [0, 2]]
+    assert ids.tolist() == [[1, 2, 0], [0, 1, 2]]
+    p = np.exp([2, 1, 0]) / np.exp([2, 1, 0]).sum()
+    assert before.view("f4") == pytest.approx(np.array([p[[1, 0, 2]], p]), rel=1e-6)
+    assert after.view("f4") == pytest.approx(np.array([p, p]), rel=1e-6)
+    assert buffer.take_candidates() is None
+    buffer.start(None)
+    assert buffer.take_candidates() is None
 
 
 @contextlib.contextmanager
@@ -98,6 +123,28 @@ def step(recorder: StatsRecorder, *rows: tuple[int, int, TokenStats]) -> StepBuf
     output = TransformOutput.of(torch.empty(0), *map(torch.tensor, floats), torch.tensor(steps).int())
     recorder.finish_step(buffer, torch.tensor(slots).int(), torch.tensor(positions).int(), output)
     return buffer
+
+
+def test_candidates_arrive_before_the_token_that_a_reply_waits_for(folder: Path) -> None:
+    """And only where every token is asked for, if the device alone knew the rows."""
+    recorder = StatsRecorder(3, 3, CPU)
+    with server(folder) as one:
+        recorder.assign(0, return_address(7, per_token=True, choice=1))
+        recorder.assign(1, return_address(8))
+        logits = torch.tensor([[0.0, 1.0], [2.0, 3.0], [1.0, 0.0]])
+        buffer = recorder.start_step(Watch.of(logits, np.arange(3)))
+        assert buffer is not None
+        nothing = [torch.zeros(3)] * 3
+        output = TransformOutput.of(logits, *nothing, torch.zeros(3).int())
+        recorder.finish_step(buffer, torch.tensor([0, 1, 0]).int(), torch.tensor([4, 0, -1]).int(), output)
+        first, second = one.message(), one.message()
+        assert (len(first.candidates), len(first.tokens), len(second.tokens)) == (1, 0, 1)
+        [row] = first.candidates
+        assert (row["request_number"], row["choice"], row["position"]) == (7, 1, 4)
+        assert row["id"][:2].tolist() == [1, 0]
+        for name in ("before", "after"):
+            assert row[name][:2] == pytest.approx([0.731059, 0.268941], rel=1e-5)
+            assert np.isnan(row[name][2:]).all()
 
 
 def test_every_token_arrives_as_it_is_sampled(folder: Path) -> None:

@@ -15,6 +15,7 @@ from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsContext, 
 from em_sampler import EMInfParams
 from em_sampler.params import Params
 from em_sampler.stats.aggregator import ReturnAddress
+from em_sampler.stats.candidates import Watch
 from em_sampler.transforms.batch import BatchParams, TransformOutput
 from em_sampler.transforms.numba_cpu import NumbaTransform
 from em_sampler.vllm_plugin.processor import EMInfLogitsProcessor
@@ -58,9 +59,10 @@ def v2(rank: int = 0, tensor_parallel_size: int = 1) -> V2Processor:
     return processor
 
 
-def asking(steps: int, temperature: float = 1.0, number: int | None = None) -> SamplingParams:
+def asking(steps: int, temperature: float = 1.0, number: int | None = None, top: int = 0) -> SamplingParams:
     """A request for EM-INF with this many steps (0: without a method), and with the request number if it has one."""
-    extra_args: dict[str, Any] = {"em_inf": {"steps": steps, "threshold": 0.0}} if steps else {}
+    wanted = {"stats": "tokens", "top": top} if top else {}
+    extra_args: dict[str, Any] = {"em_inf": {"steps": steps, "threshold": 0.0} | wanted} if steps else {}
     if number is not None:
         extra_args |= ReturnAddress(SOCKET_NAME, number, 0, True).to_extra_args()
     return SamplingParams(temperature=temperature, extra_args=extra_args or None)
@@ -98,6 +100,7 @@ class FakeRecorder:
         self.assigned: dict[int, int] = {}  # slot -> request number
         self.last: list[tuple[int | None, int]] | None = None  # (request number, position) of each row
         self.output: TransformOutput | None = None
+        self.watch: Watch | None = None
 
     def assign(self, slot: int, return_address: ReturnAddress | None) -> None:
         self.assigned.pop(slot, None)
@@ -105,8 +108,8 @@ class FakeRecorder:
             assert return_address.request_number not in self.assigned.values()
             self.assigned[slot] = return_address.request_number
 
-    def start_step(self) -> "FakeRecorder | None":
-        self.last = None
+    def start_step(self, watch: Watch | None) -> "FakeRecorder | None":
+        self.last, self.watch = None, watch
         return self if self.assigned else None
 
     def finish_step(

@@ -134,12 +134,28 @@ def test_what_the_transform_measured_is_recorded() -> None:
     assert torch.equal(recorder.output.entropy_after[1:], alone.entropy_after[1:])
 
 
+def test_the_rows_of_requests_that_ask_for_candidates_are_watched() -> None:
+    processor = v1()
+    recorder = record(processor)
+    requests = [asking(0), asking(1, number=1, top=3), asking(2, number=2), asking(3, number=3, top=20)]
+    processor.update_state(update([], list(enumerate(requests)), [], 4))
+    processor.apply(logits_of(4))
+    assert recorder.watch is not None and recorder.watch.rows.tolist() == [1, 3]
+    assert torch.equal(recorder.watch.before, logits_of(4)[[1, 3]])
+    processor.update_state(update([3], [], [(1, 0, MoveDirectionality.SWAP)], 3))
+    processor.apply(logits_of(3))
+    assert recorder.watch is not None and recorder.watch.rows.tolist() == [0]
+    processor.update_state(update([0], [(0, asking(1, number=4))], [], 3))
+    processor.apply(logits_of(3))
+    assert recorder.watch is None
+
+
 def test_rows_without_a_method_have_no_slot() -> None:
     processor = v1()
     recorded: list[list[int]] = []
     processor.recorder = SimpleNamespace(  # type: ignore[assignment]
         assign=lambda *_: None,
-        start_step=lambda: True,
+        start_step=lambda watch: True,
         finish_step=lambda _, slots, *__: recorded.append(slots.tolist()),
     )
     processor.update_state(update([], [(0, asking(0)), (1, asking(1)), (2, asking(0)), (3, asking(1))], [], 4))

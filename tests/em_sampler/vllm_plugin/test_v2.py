@@ -47,6 +47,24 @@ def test_each_row_s_position_is_recorded() -> None:
     assert recorder.output is not None and recorder.output.steps.tolist() == [1, 1]
 
 
+def test_the_rows_of_requests_that_ask_for_candidates_are_watched() -> None:
+    processor = v2()
+    recorder = record(processor)
+    for slot, top in [(5, 3), (2, 0), (1, 20)]:
+        processor.add_request(slot, asking(1, number=slot, top=top))
+    processor.apply_staged_writes()
+    processor.apply(logits_of(3), context([2, 1, 5], [2, 1, 5]))
+    assert recorder.watch is not None and recorder.watch.rows.tolist() == [1, 2]
+    assert torch.equal(recorder.watch.before, logits_of(3)[1:])
+    processor.apply(logits_of(4), context([2, 5], [2, 2, 5, 5]))  # of drafts, only the device knows whose they are
+    assert recorder.watch is not None and recorder.watch.rows.tolist() == [0, 1, 2, 3]
+    processor.apply(logits_of(2), context([2], [2, 2]))
+    assert recorder.watch is None
+    processor.add_request(5, asking(1, number=50))
+    processor.apply(logits_of(1), context([5], [5]))
+    assert recorder.watch is None
+
+
 def test_nothing_is_recorded_of_a_slot_s_last_request() -> None:
     processor = v2()
     recorder = record(processor)

@@ -17,6 +17,7 @@ from em_sampler.params import CUT, RETURN_ADDRESS_KEY
 from em_sampler.stats.aggregator import ReturnAddress
 from em_sampler.stats.transport import connect, socket_dir
 from em_sampler.stats.wire import (
+    CANDIDATES_DTYPE,
     TAIL_TOKENS,
     TOKEN_DTYPE,
     TOTALS_DTYPE,
@@ -73,6 +74,17 @@ def token_rows(*tokens: tuple[int, int, int, TokenStats]) -> StructuredArray:
     """TOKEN rows, each made of (request number, choice, position, stats)."""
     flat = [(number, choice, position, *stats) for number, choice, position, stats in tokens]
     return np.array(flat, dtype=TOKEN_DTYPE)
+
+
+def candidate_rows(*tokens: tuple[int, int, int, list[tuple[int, float, float]]]) -> StructuredArray:
+    """CANDIDATES rows, each made of (request number, choice, position, [(id, probability before, after)])."""
+    rows = np.zeros(len(tokens), dtype=CANDIDATES_DTYPE)
+    rows["before"] = rows["after"] = NAN
+    for row, (number, choice, position, candidates) in zip(rows, tokens, strict=True):
+        row["request_number"], row["choice"], row["position"] = number, choice, position
+        for name, values in zip(("id", "before", "after"), zip(*candidates, strict=True), strict=True):
+            row[name][: len(values)] = values
+    return rows
 
 
 def totals(number: int, choice: int, first: int, end: int) -> StructuredArray:
@@ -423,6 +435,22 @@ def test_a_summary_of_every_token_is_aligned_with_the_choice() -> None:
         None,
         {"before": 1.0, "after": 0.1, "varentropy": 0.5, "steps": 2},
     ]
+
+
+def test_a_summary_of_every_token_has_the_candidates_that_were_asked_for() -> None:
+    choice = finalized(3, dict.fromkeys((0, 1), (1.0, 0.5, 0.0, 1)))
+    found = [(7, 0.12345678, 1.0000001), (3, 0.1, 0.0), (9, 1e-9, 0.0)]
+    choice.candidates = {0: candidate_rows((0, 0, 0, found))[0]}  # of token 1, they were lost
+    first, second, third = summarize(0, [choice], True, 2, lambda ids: [f"<{i}>" for i in ids])["per_token"]
+    assert first["top"] == [
+        {"id": 7, "token": "<7>", "before": 0.123457, "after": 1.0},
+        {"id": 3, "token": "<3>", "before": 0.1, "after": 0.0},
+    ]
+    assert (second["top"], third) == (None, None)
+    [more, *_] = summarize(0, [choice], True, 20)["per_token"]  # a server without a tokenizer
+    assert more["top"][2] == {"id": 9, "token": None, "before": 1e-9, "after": 0.0}
+    assert len(more["top"]) == 3
+    assert "top" not in summarize(0, [choice], True)["per_token"][0]
 
 
 def test_a_choice_in_several_parts_has_one_summary() -> None:

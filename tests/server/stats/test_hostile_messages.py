@@ -22,7 +22,7 @@ from server.stats import collector as collector_module
 from server.stats.collector import MAX_FRAMES_PER_TURN, StatsCollector, summarize
 from server.stats.metrics import Metrics
 from tests.server.metrics_page import series
-from tests.server.stats.test_collector import NEVER_S, at, run, started, token_rows, totals
+from tests.server.stats.test_collector import NEVER_S, at, candidate_rows, run, started, token_rows, totals
 
 Socket = zmq.Socket[bytes]
 PATIENCE_S = 60  # for what would otherwise hang
@@ -48,7 +48,8 @@ def take(collector: StatsCollector, message: bytes) -> None:
 
 def a_message(collector: StatsCollector, number: int) -> bytes:
     tokens = token_rows((number, 0, 0, at(0)), (number, 0, 1, at(1)))
-    return pack(collector.socket_name, [tokens], [totals(number, 0, 2, 5)], 0.5, 1)
+    candidates = candidate_rows((number, 0, 0, [(5, 0.5, 0.75)]))
+    return pack(collector.socket_name, [tokens], [totals(number, 0, 2, 5)], 0.5, 1, [candidates])
 
 
 mutations = st.lists(
@@ -132,6 +133,27 @@ def test_a_token_out_of_range_is_dropped_alone(field: str, value: float, folder:
         tokens[field][1] = value
         take(collector, pack(collector.socket_name, [tokens], [], 0.0, 0))
         assert request.choices[0].by_position == {0: at(0), 2: at(2)}
+
+    assert rejected(run(folder, test)) == {"out_of_range": 1}
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("position", MAX_POSITION),
+        ("before", math.inf),
+        ("before", -0.5),
+        ("after", 1.5),
+        ("after", math.nan),  # alone
+    ],
+)
+def test_candidates_out_of_range_are_dropped_alone(field: str, value: float, folder: Path) -> None:
+    async def test(collector: StatsCollector) -> None:
+        request = started(collector)
+        rows = candidate_rows(*((request.number, 0, position, [(5, 0.5, 0.75)]) for position in range(3)))
+        rows[field][1] = value
+        take(collector, pack(collector.socket_name, [], [], 0.0, 0, [rows]))
+        assert sorted(request.choices[0].candidates) == [0, 2]
 
     assert rejected(run(folder, test)) == {"out_of_range": 1}
 
