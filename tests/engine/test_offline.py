@@ -18,6 +18,10 @@ PARAMS: dict[str, dict[str, Any]] = {
     "plain": HOT,
     "refused": HOT | {"extra_args": {"em_inf": {"threshold": 25}}},
     "again": HOT | {"extra_args": {"em_inf": STRONG}},
+    "greedy_below": HOT | {"extra_args": {"em_inf": {"method": "greedy_below", "p_max": 1}}},
+    "top_h": HOT | {"extra_args": {"em_inf_method": "top_h", "em_inf_alpha": 1e-6}},
+    "top_n_sigma": HOT | {"extra_args": {"em_inf_method": "top_n_sigma", "em_inf_n": 1e-4}},
+    "p_less": HOT | {"extra_args": {"em_inf": {"method": "p_less"}}},
 }
 
 
@@ -32,7 +36,8 @@ def run() -> tuple[dict[str, Any], str]:
 def test_llm_honours_extra_args(run: tuple[dict[str, Any], str]) -> None:
     answers, _ = run
     assert answers["nested"] == answers["flat"] == answers["again"] == answers["greedy"]
-    assert answers["plain"] != answers["greedy"]
+    assert answers["greedy_below"] == answers["top_h"] == answers["top_n_sigma"] == answers["greedy"]  # one token stays
+    assert answers["plain"] != answers["greedy"] and answers["p_less"] != answers["plain"]
     assert answers["refused"].startswith("em_inf.threshold: got 25; must be a number from 0 up to 20 (parameter=")
 
 
