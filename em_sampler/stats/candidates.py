@@ -34,16 +34,16 @@ class Watch:
         token was forbidden before, and in a row that could not be measured.
         """
         after = logits.index_select(0, self.index)
-        # Below all tokens that stayed, those that were removed keep their order; what was -inf before stays last.
-        removed = after.isneginf()
-        lowest = after.masked_fill(removed, torch.inf).amin(dim=1, keepdim=True)
-        highest = self.before.amax(dim=1, keepdim=True)
-        order = torch.where(removed, self.before - highest + lowest - 1, after)
-        ids = order.topk(min(MAX_TOP, order.shape[1]), dim=1).indices
-        absent = self.before.gather(1, ids).isneginf() | ~_log_sum(self.before).isfinite()
-        found = ((z.gather(1, ids) - _log_sum(z)).exp().masked_fill(absent, torch.nan) for z in (self.before, after))
-        return torch.stack((ids.int(), *(p.view(torch.int32) for p in found)))
-
-
-def _log_sum(logits: Tensor) -> Tensor:
-    return logits.logsumexp(dim=1, keepdim=True)
+        k = min(MAX_TOP, after.shape[1])
+        # The likeliest tokens that stayed are in the first half, the likeliest that were removed in the other.
+        ids = torch.cat((after.topk(k).indices, self.before.topk(k).indices), dim=1)
+        was, now = self.before.gather(1, ids), after.gather(1, ids)
+        removed = now.isneginf()
+        in_other_half = torch.arange(2 * k, device=ids.device) >= k
+        lowest = now.masked_fill(removed, torch.inf).amin(dim=1, keepdim=True)
+        order = torch.where(removed, was - was.amax(dim=1, keepdim=True) + lowest - 1, now)
+        order, best = order.masked_fill(removed != in_other_half, -torch.inf).topk(k)
+        was, now = was - self.before.logsumexp(dim=1, keepdim=True), now - after.logsumexp(dim=1, keepdim=True)
+        present = order.isfinite() & was.gather(1, best).isfinite()
+        found = (log_p.exp().gather(1, best).masked_fill(~present, torch.nan) for log_p in (was, now))
+        return torch.stack((ids.gather(1, best).int(), *(p.view(torch.int32) for p in found)))

@@ -54,9 +54,9 @@ class StepBuffer:
             event = partial(torch.cuda.Event, enable_timing=True, blocking=True)
             self.events = event(), event(), event()  # the transform's start and end, and everything is on the host
 
-    def start(self, watch: Watch | None) -> None:
-        """Start the clock, before the transform. `watch`: the rows whose candidates are wanted."""
-        self.watch = watch
+    def start(self) -> None:
+        """Start the clock, before the transform."""
+        self.watch: Watch | None = None  # of the rows whose candidates are wanted, for the caller to set
         if self.pinned is not None:
             self.events[0].record()
         self.seconds = -time.perf_counter()
@@ -127,11 +127,8 @@ class StatsRecorder:
         if self._thread_takes_events():  # a new thread gets all of `assigned`
             self.events.put((slot, return_address))
 
-    def start_step(self, watch: Watch | None = None) -> StepBuffer | None:
-        """Return a buffer for the next step, its clock started; None if nobody wants its stats or no buffer is free.
-
-        `watch`: the rows whose candidates are wanted too.
-        """
+    def start_step(self) -> StepBuffer | None:
+        """Return a buffer for the next step, its clock started; None if nobody wants its stats or no buffer is free."""
         if not self.assigned:
             return None
         if not self._thread_takes_events():
@@ -140,7 +137,7 @@ class StatsRecorder:
             self.dropped += len(self.assigned)
             return None
         buffer = self.free_buffers.popleft()
-        buffer.start(watch)
+        buffer.start()
         return buffer
 
     def _thread_takes_events(self) -> bool:

@@ -85,7 +85,9 @@ class V1Processor(LogitsProcessor):
             self.slots = self._on_device([request.slot if request else -1 for request in requests])
             self.output_token_ids = [request.output_token_ids if request else [] for request in requests]
             self.watched = np.flatnonzero([request.params.top if request else 0 for request in requests])
-        buffer = self.recorder.start_step(Watch.of(logits, self.watched))
+        buffer = self.recorder.start_step()
+        if buffer:
+            buffer.watch = Watch.of(logits, self.watched)
         output = self.transform(logits, self.batch_params)
         if buffer:
             # A request still in prefill samples its next token again and again: the last time counts.

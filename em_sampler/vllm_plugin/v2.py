@@ -73,7 +73,9 @@ class V2Processor(LogitsProcessor):
         # Only the eager form asks for the limits, which take longer to find than the fast forms take to start.
         limits = host_limits([self.params[slot] for slot in active]) if self.needs_limits else (0, frozenset())
         batch_params = BatchParams(values, *limits)
-        buffer = self.recorder.start_step(Watch.of(logits, self._watched(ctx)))
+        buffer = self.recorder.start_step()
+        if buffer:
+            buffer.watch = Watch.of(logits, self._watched(ctx))
         output = self.transform(logits, batch_params)
         if buffer:
             self.recorder.finish_step(buffer, ctx.expanded_idx_mapping.int(), self._positions(ctx), output)

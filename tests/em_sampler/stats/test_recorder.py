@@ -42,7 +42,7 @@ def test_a_buffer_takes_a_step_to_the_host() -> None:
     slots, positions = torch.tensor([4, -1]).int().to(DEVICE), torch.tensor([7, 0]).int().to(DEVICE)
     buffer = StepBuffer(3, DEVICE)
     with forbidden_to_wait():
-        buffer.start(None)
+        buffer.start()
         buffer.finish(slots, positions, output)
     stats, seconds = buffer.wait()
     assert stats[[0, 1, 5]].tolist() == [[4, -1], [7, 0], [3, 0]]
@@ -57,7 +57,8 @@ def test_a_buffer_takes_candidates_to_the_host() -> None:
     slots, positions = torch.tensor([4, 3, -1, 1]).int().to(DEVICE), torch.tensor([7, 0, 5, 2]).int().to(DEVICE)
     buffer = StepBuffer(4, DEVICE)
     with forbidden_to_wait():
-        buffer.start(Watch.of(logits, np.array([1, 3])))
+        buffer.start()
+        buffer.watch = Watch.of(logits, np.array([1, 3]))
         logits[1] = torch.tensor([0.0, 2.0, 1.0])
         buffer.finish(slots, positions, TransformOutput.of(logits, *nothing, torch.zeros(4).int().to(DEVICE)))
     buffer.wait()
@@ -69,8 +70,6 @@ def test_a_buffer_takes_candidates_to_the_host() -> None:
     p = np.exp([2, 1, 0]) / np.exp([2, 1, 0]).sum()
     assert before.view("f4") == pytest.approx(np.array([p[[1, 0, 2]], p]), rel=1e-6)
     assert after.view("f4") == pytest.approx(np.array([p, p]), rel=1e-6)
-    assert buffer.take_candidates() is None
-    buffer.start(None)
     assert buffer.take_candidates() is None
 
 
@@ -132,8 +131,9 @@ def test_candidates_arrive_before_the_token_that_a_reply_waits_for(folder: Path)
         recorder.assign(0, return_address(7, per_token=True, choice=1))
         recorder.assign(1, return_address(8))
         logits = torch.tensor([[0.0, 1.0], [2.0, 3.0], [1.0, 0.0]])
-        buffer = recorder.start_step(Watch.of(logits, np.arange(3)))
+        buffer = recorder.start_step()
         assert buffer is not None
+        buffer.watch = Watch.of(logits, np.arange(3))
         nothing = [torch.zeros(3)] * 3
         output = TransformOutput.of(logits, *nothing, torch.zeros(3).int())
         recorder.finish_step(buffer, torch.tensor([0, 1, 0]).int(), torch.tensor([4, 0, -1]).int(), output)

@@ -108,8 +108,8 @@ class FakeRecorder:
             assert return_address.request_number not in self.assigned.values()
             self.assigned[slot] = return_address.request_number
 
-    def start_step(self, watch: Watch | None) -> "FakeRecorder | None":
-        self.last, self.watch = None, watch
+    def start_step(self) -> "FakeRecorder | None":
+        self.last, self.watch = None, None
         return self if self.assigned else None
 
     def finish_step(

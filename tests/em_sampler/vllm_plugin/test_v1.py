@@ -155,7 +155,7 @@ def test_rows_without_a_method_have_no_slot() -> None:
     recorded: list[list[int]] = []
     processor.recorder = SimpleNamespace(  # type: ignore[assignment]
         assign=lambda *_: None,
-        start_step=lambda watch: True,
+        start_step=lambda: SimpleNamespace(),
         finish_step=lambda _, slots, *__: recorded.append(slots.tolist()),
     )
     processor.update_state(update([], [(0, asking(0)), (1, asking(1)), (2, asking(0)), (3, asking(1))], [], 4))
