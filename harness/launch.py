@@ -1,4 +1,4 @@
-"""Starts em-serve, or vLLM's own server without the plugin, on a free port of 127.0.0.1 until a block ends.
+"""Starts em-serve, or vLLM's own server with the plugin or without it, on a free port of 127.0.0.1 until a block ends.
 
 A server runs in a session of its own and writes a log file; at the end of the block all its processes are stopped.
 """
@@ -21,6 +21,7 @@ import psutil
 from harness.ports import free_port
 
 EM_SERVE = (sys.executable, "-m", "server.cli")
+STOCK_VLLM = (sys.executable, "-m", "harness.stock_vllm")
 PLAIN_VLLM = (sys.executable, "-m", "harness.plain_vllm")
 THREADS = max(1, len(os.sched_getaffinity(0)) - 1)  # of the model on the CPU: vLLM's own choice
 # vLLM's CPU build accepts the executor "uni" only with the first variable, and then does not set the second one.

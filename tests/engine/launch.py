@@ -16,8 +16,10 @@ import httpx
 import numpy as np
 import openai
 
+import demo
 from harness import launch
-from harness.launch import ONE_PROCESS, START_LIMIT_S
+from harness.launch import ONE_PROCESS, START_LIMIT_S, STOCK_VLLM
+from server.cli import DEMO_FLAGS
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -45,7 +47,7 @@ def environment(runner: str, **extra: str) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Server(launch.Server):
-    """A running em-serve on one of vLLM's runners."""
+    """A running em-serve, or a server of vLLM's own, on one of vLLM's runners."""
 
     runner: str
 
@@ -93,6 +95,15 @@ def serve(*flags: str, runner: str = "v1", executor: str = "uni", **env: str) ->
     command, log, variables = _em_serve(flags), _log_file(), runner_variables(runner) | env
     with launch.serve(*command, "--api-key", API_KEY, log=log, executor=executor, env=variables) as server:
         yield Server(server.url, server.log, server.pid, runner)
+
+
+@contextlib.contextmanager
+def serve_stock(*flags: str, executor: str = "uni", **env: str) -> Iterator[Server]:
+    """Run vLLM's own server on the demo model until the block ends, with the plugin and without em-serve."""
+    command = (*STOCK_VLLM, str(demo.MODEL_PATH), *DEMO_FLAGS, *ENGINE_FLAGS, *flags, "--api-key", API_KEY)
+    variables = runner_variables("v1") | env
+    with launch.serve(*command, log=_log_file(), executor=executor, env=variables) as server:
+        yield Server(server.url, server.log, server.pid, "v1")
 
 
 @contextlib.contextmanager

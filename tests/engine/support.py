@@ -12,7 +12,14 @@ import numpy as np
 import pytest
 
 import demo
-from em_sampler.params import CUT, TruncationParams, parse_params
+from em_sampler.params import (
+    CUT,
+    AdaptiveTemperatureParams,
+    EMInfParams,
+    MeasureParams,
+    TruncationParams,
+    parse_params,
+)
 from em_sampler.stats.wire import TAIL_TOKENS
 from em_sampler.transforms import reference
 from tests.engine.launch import API_KEY, ROOT, Server
@@ -133,6 +140,18 @@ def reference_row(row: reference.Row, params: Any, temperature: float = 1.0) -> 
         kept = reference.kept(row, params, temperature)
         return np.where(kept, row, -np.inf), 0 if kept.all() else CUT
     return row, 0
+
+
+def transformed_row(logprobs: reference.Row, em_inf: Any, temperature: float) -> reference.Row:
+    """Return `logprobs` [vocab] after the method of a request with this temperature, by the reference."""
+    params = parse_params(em_inf)
+    if params is None or isinstance(params, MeasureParams):
+        return logprobs
+    if isinstance(params, EMInfParams):
+        return reference.em_inf(logprobs, params)[0]
+    if isinstance(params, AdaptiveTemperatureParams):
+        return logprobs / reference.temperature(logprobs, params)
+    return np.where(reference.kept(logprobs, params, temperature), logprobs, -np.inf)
 
 
 def run_client_example(script: str, server: Server) -> str:

@@ -4,12 +4,21 @@ from typing import Any
 
 import numpy as np
 import pytest
-from scipy import stats
 
-from em_sampler.params import TruncationParams, parse_params
 from em_sampler.transforms import reference
+from tests.em_sampler.transforms.support import p_value
 from tests.engine.launch import Server, offline
-from tests.engine.support import ADAPTIVE, ALL_LOGPROBS, EM, STRONG, UNSURE, complete, tokens
+from tests.engine.support import (
+    ADAPTIVE,
+    ALL_LOGPROBS,
+    EM,
+    STRONG,
+    UNSURE,
+    complete,
+    logprob_rows,
+    tokens,
+    transformed_row,
+)
 
 pytestmark = pytest.mark.engine
 
@@ -47,7 +56,7 @@ def test_sampled_frequencies_match_the_reference_if_tokens_are_removed(engine: S
 
 def check_frequencies(engine: Server, configs: list[tuple[Any, float]]) -> None:
     """Check the tokens sampled by each (em_inf, temperature) of a mixed batch by chi-square; tell all of them apart."""
-    logprobs = full_row(complete(engine, FULL_ROW)[0])
+    logprobs = logprob_rows(complete(engine, FULL_ROW)[0]["choices"][0])[0]
     assert reference.entropy(logprobs) > 0.7, "the model is too sure of the next token for this test"
     rounds, n = (8, 100) if engine.runner == "v1" else (1, 150)
     shared = {"prompt": UNSURE, "max_tokens": 1, "n": n}
@@ -65,38 +74,6 @@ def check_frequencies(engine: Server, configs: list[tuple[Any, float]]) -> None:
         assert p_value(counts, expected) > 1e-4, (em, t)
         others = [reference.softmax(transformed_row(logprobs, e, u) / u) for e, u in configs if (e, u) != (em, t)]
         assert max(p_value(counts, other) for other in others) < 1e-4, "too few samples to tell the distributions apart"
-
-
-def full_row(response: dict[str, Any]) -> reference.Row:
-    """Return the first token's log-probabilities [vocab], by token id."""
-    by_name = response["choices"][0]["logprobs"]["top_logprobs"][0]
-    return np.array([by_name[f"token_id:{token}"] for token in range(len(by_name))])
-
-
-def transformed_row(logprobs: reference.Row, em: Any, temperature: float) -> reference.Row:
-    """Return `logprobs` [vocab] after the method of a request with this temperature, by the reference."""
-    params = parse_params(em)
-    if params is None:
-        return logprobs
-    if params.method == "em_inf":
-        return reference.em_inf(logprobs, params)[0]
-    if isinstance(params, TruncationParams):
-        return np.where(reference.kept(logprobs, params, temperature), logprobs, -np.inf)
-    return logprobs / reference.temperature(logprobs, params)
-
-
-def p_value(counts: np.ndarray[Any, Any], p: reference.Row) -> float:
-    """Return the p-value of a chi-square test; cells expected fewer than five times are pooled."""
-    rare = p * counts.sum() < 5
-    observed = np.append(counts[~rare], counts[rare].sum())
-    expected = np.append(p[~rare], p[rare].sum()) * counts.sum()
-    if expected[-1] < 1e-9:
-        observed, expected = observed[:-1], expected[:-1]
-        if observed.sum() != counts.sum():
-            return 0.0
-    if len(observed) == 1:  # one token alone can be sampled, and was
-        return 1.0
-    return float(stats.chisquare(observed, expected * observed.sum() / expected.sum()).pvalue)
 
 
 def test_requests_in_a_mixed_batch_sample_the_same_tokens_as_alone(engine: Server) -> None:
@@ -173,4 +150,5 @@ def test_a_reused_slot_keeps_nothing_of_its_last_request(engine: Server) -> None
 def test_reported_logprobs_are_the_models(engine: Server) -> None:
     """By default vLLM reports raw log-probabilities, which EM-INF does not change."""
     plain, minimised = complete(engine, FULL_ROW, FULL_ROW | {"em_inf": STRONG}, one_by_one=True)
-    assert np.allclose(full_row(plain), full_row(minimised), atol=1e-5)
+    before, after = (logprob_rows(response["choices"][0]) for response in (plain, minimised))
+    assert np.allclose(before, after, atol=1e-5)

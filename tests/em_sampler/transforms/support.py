@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
+from scipy import stats
 
 from em_sampler import AdaptiveTemperatureParams, EMInfParams
 from em_sampler.params import Params
@@ -51,6 +52,20 @@ def expected(logits: torch.Tensor, params: Params) -> tuple[Row, int]:
 def total_variation(a: Row, b: Row) -> float:
     """Return the total variation distance between the distributions of two rows of logits."""
     return float(np.abs(reference.softmax(a) - reference.softmax(b)).sum() / 2)
+
+
+def p_value(counts: npt.NDArray[np.int64], p: Row) -> float:
+    """Return the p-value of a chi-square test; cells expected fewer than five times are pooled."""
+    rare = p * counts.sum() < 5
+    observed = np.append(counts[~rare], counts[rare].sum())
+    expected = np.append(p[~rare], p[rare].sum()) * counts.sum()
+    if expected[-1] < 1e-9:
+        observed, expected = observed[:-1], expected[:-1]
+        if observed.sum() != counts.sum():
+            return 0.0
+    if len(observed) == 1:  # one token alone can be sampled, and was
+        return 1.0
+    return float(stats.chisquare(observed, expected * observed.sum() / expected.sum()).pvalue)
 
 
 def eager_masked(logits: torch.Tensor, params: Rows, temperatures: Temperatures = None) -> TransformOutput:

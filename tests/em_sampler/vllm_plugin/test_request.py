@@ -7,7 +7,6 @@ from vllm import SamplingParams
 
 from em_sampler import EMInfParams, MeasureParams
 from em_sampler.params import Params
-from em_sampler.validation import ParamsError
 from em_sampler.vllm_plugin.request import params_of
 
 
@@ -28,6 +27,18 @@ def test_a_greedy_request_is_left_alone_unless_it_is_measured(
     assert params_of(SamplingParams(temperature=0.0, extra_args=extra_args)) == greedy
 
 
-def test_params_that_cannot_be_used_raise() -> None:
-    with pytest.raises(ParamsError, match=r"em_inf\.threshold"):
-        params_of(SamplingParams(extra_args={"em_inf": {"threshold": -1.0}}))
+@pytest.mark.parametrize(
+    ("extra_args", "problem"),
+    [
+        ({"em_inf": {"threshold": -1.0}}, "em_inf.threshold: got -1; must be"),
+        ({"em_inf_method": "top_h", "em_inf_alpha": 2}, "em_inf_alpha: got 2; must be a number above 0, up to 1"),
+        ({"em_inf_method": ["top_h"]}, "em_inf_method: got a list of 1 items; must be one of"),
+        ({"em_inf": "yes"}, 'em_inf: got "yes"; must be'),
+    ],
+)
+def test_params_that_nobody_has_validated_count_as_none(
+    extra_args: dict[str, Any], problem: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An exception would end the engine."""
+    assert params_of(SamplingParams(extra_args=extra_args)) is None
+    assert f"sampled without a method: {problem}" in caplog.text
