@@ -12,14 +12,7 @@ import numpy as np
 import pytest
 
 import demo
-from em_sampler.params import (
-    CUT,
-    AdaptiveTemperatureParams,
-    EMInfParams,
-    MeasureParams,
-    TruncationParams,
-    parse_params,
-)
+from em_sampler.params import CUT, Params, TruncationParams, parse_params
 from em_sampler.stats.wire import TAIL_TOKENS
 from em_sampler.transforms import reference
 from tests.engine.launch import API_KEY, ROOT, Server
@@ -130,7 +123,7 @@ def check_candidates(
     assert not ids or not len(others) or others.max() <= listed[-1][0] + error
 
 
-def reference_row(row: reference.Row, params: Any, temperature: float = 1.0) -> tuple[reference.Row, int]:
+def reference_row(row: reference.Row, params: Params, temperature: float = 1.0) -> tuple[reference.Row, int]:
     """Return the row after the method and the steps by the reference; CUT if it removes tokens."""
     if params.method == "em_inf":
         return reference.em_inf(row, params)
@@ -142,16 +135,10 @@ def reference_row(row: reference.Row, params: Any, temperature: float = 1.0) -> 
     return row, 0
 
 
-def transformed_row(logprobs: reference.Row, em_inf: Any, temperature: float) -> reference.Row:
-    """Return `logprobs` [vocab] after the method of a request with this temperature, by the reference."""
+def transformed_row(row: reference.Row, em_inf: Any, temperature: float) -> reference.Row:
+    """Return `row` after the method of a request with this `em_inf` and temperature, by the reference."""
     params = parse_params(em_inf)
-    if params is None or isinstance(params, MeasureParams):
-        return logprobs
-    if isinstance(params, EMInfParams):
-        return reference.em_inf(logprobs, params)[0]
-    if isinstance(params, AdaptiveTemperatureParams):
-        return logprobs / reference.temperature(logprobs, params)
-    return np.where(reference.kept(logprobs, params, temperature), logprobs, -np.inf)
+    return reference_row(row, params, temperature)[0] if params else row
 
 
 def run_client_example(script: str, server: Server) -> str:

@@ -161,7 +161,11 @@ WRONG: list[tuple[dict[str, Any], str, str]] = [
     ({"em_inf_method": "top_h", "em_inf_alpha": 2}, "em_inf_alpha", "got 2; must be a number above 0, up to 1"),
     ({"em_inf_method": "top_n_sigma", "em_inf_n": 0}, "em_inf_n", "got 0; must be a number above 0, up to 20"),
     ({"em_inf_method": "top_p"}, "em_inf_method", 'got "top_p"; must be one of em_inf, adaptive_temperature, none, '),
-    ({"em_inf_method": "top_h", "em_inf_alhpa": 0.4}, "em_inf_alhpa", "unknown field; known fields are stats, method,"),
+    (
+        {"em_inf_method": "top_h", "em_inf_alhpa": 0.4},
+        "em_inf_alhpa",
+        "unknown field; known fields are stats, top, method,",
+    ),
     ({"em_inf_stats": "summary"}, "em_inf_stats", 'got "summary"; statistics come with em-serve\'s completions, chat'),
 ]
 
