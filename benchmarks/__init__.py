@@ -2,6 +2,7 @@
 
 benchmarks.transform                    time of the transform, beside eager torch, torch.compile and others
 benchmarks.transform.figure             draws docs/figures/the-transform.png
+benchmarks.transform.kept               draws docs/figures/method-*.svg: what each method makes of a real row
 benchmarks.serving                      output tokens/s of em-serve with EM-INF on and off, and of plain vLLM
 benchmarks.serving.stats_cost           output tokens/s with no stats, summaries, and every token's stats
 benchmarks.serving.replica_limits       processor time and memory of one replica, for docs/scaling.md

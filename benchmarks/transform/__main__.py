@@ -1,11 +1,11 @@
-"""Time of the transform, beside eager torch, torch.compile and the released method: `make bench`.
+"""Time of the transform, beside eager torch, torch.compile, transformers and the released method: `make bench`.
 
 Writes transform.csv and transform.png, and prints every figure and a table of targets. The CPU has smaller sizes.
 
 Columns of the CSV, a line for each case and implementation:
     device, torch_version, threads: the machine.
     arm: a name of implementations.py.
-    rows, vocab, steps, share, origin, method: the case (cases.py); logits: logits.py.
+    rows, vocab, steps, share, origin, method, temperature: the case (cases.py); logits: logits.py.
     time_us, time_us_low, time_us_high: one call in microseconds, median and quartiles over `rounds`. On CUDA the
         time of the device alone, with the host ahead of it.
     host_us: until the call returned to the host, median.

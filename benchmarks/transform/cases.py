@@ -10,9 +10,25 @@ from itertools import product
 from typing import Literal
 
 from benchmarks.transform.logits import Origin
-from em_sampler.params import MAX_THRESHOLD, AdaptiveTemperatureParams, EMInfParams, MeasureParams, Params
+from em_sampler.params import (
+    MAX_THRESHOLD,
+    AdaptiveTemperatureParams,
+    EMInfParams,
+    GreedyBelowParams,
+    MeasureParams,
+    Params,
+    PLessParams,
+    TopHParams,
+    TopNSigmaParams,
+)
 
-Method = Literal["adam", "sgd", "adaptive", "mixed"]
+Method = Literal["adam", "sgd", "adaptive", "mixed", "p_less", "top_h", "top_n_sigma", "greedy_below"]
+TRUNCATIONS: dict[Method, Params] = {
+    "p_less": PLessParams(),
+    "top_h": TopHParams(),
+    "top_n_sigma": TopNSigmaParams(),
+    "greedy_below": GreedyBelowParams(p_max=1),  # cuts every row
+}
 
 
 @dataclass(frozen=True)
@@ -25,13 +41,19 @@ class Case:
     share: float = 1.0  # of the rows that are active; the others are measured and not changed
     origin: Origin = "bfloat16"
     method: Method = "adam"  # mixed: adam, sgd, adaptive temperature, nothing, measure, row by row in turn
+    temperature: float = 1.0  # of the requests
 
     def params(self) -> list[Params | None]:
-        """Return an entry for each row: threshold 0 if it is active, above any entropy if it is idle."""
+        """Return an entry for each row: threshold 0 if it is active, above any entropy if it is idle.
+
+        A method that removes tokens has no threshold: an idle row is measured.
+        """
         idle = [math.floor((i + 1) * self.share + 1e-9) == math.floor(i * self.share + 1e-9) for i in range(self.rows)]
         return [self._row(i, MAX_THRESHOLD if idle[i] else 0.0) for i in range(self.rows)]
 
     def _row(self, number: int, threshold: float) -> Params | None:
+        if self.method in TRUNCATIONS:
+            return MeasureParams() if threshold else TRUNCATIONS[self.method]
         every: dict[str, Params | None] = {
             "adam": EMInfParams(threshold=threshold, steps=self.steps),
             "sgd": EMInfParams(threshold=threshold, steps=self.steps, optimizer="sgd"),
@@ -42,7 +64,8 @@ class Case:
         return list(every.values())[number % len(every)] if self.method == "mixed" else every[self.method]
 
     def __str__(self) -> str:
-        return f"{self.rows} x {self.vocab}, {self.method}, {self.steps} steps, {self.share:g} active, {self.origin}"
+        text = f"{self.rows} x {self.vocab}, {self.method}, {self.steps} steps, {self.share:g} active, {self.origin}"
+        return text if self.temperature == 1 else f"{text}, temperature {self.temperature:g}"
 
 
 @dataclass(frozen=True)
@@ -70,6 +93,7 @@ class Sizes:
         cases += [replace(base, share=share) for share in self.shares]
         cases += [replace(base, origin="float32"), replace(base, origin="penalised")]
         cases += [replace(base, method="sgd"), replace(base, method="adaptive"), replace(base, method="mixed")]
+        cases += [replace(base, method=method) for method in TRUNCATIONS]
         return unique(cases)
 
     def every_size(self) -> list[Case]:

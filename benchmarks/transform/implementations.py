@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.transform.cases import Case
-from em_sampler.params import EMInfParams
+from em_sampler.params import EMInfParams, TopHParams
 from em_sampler.transforms.batch import BatchParams, Column
 from em_sampler.transforms.eager import EagerTransform
 from em_sampler.transforms.reference import BETA1, BETA2, EPSILON
@@ -31,8 +31,12 @@ def ours(case: Case, device: torch.device) -> Call:
     transform = build_transform(case.vocab, device, case.rows)
     if device.type == "cuda" and isinstance(transform, EagerTransform):
         raise RuntimeError(f"the fused form did not build: {_why_not_built(case, device)}")
-    batch_params = BatchParams.of(case.params(), device)
+    batch_params = _batch_params(case, device)
     return lambda logits: transform(logits, batch_params)
+
+
+def _batch_params(case: Case, device: torch.device) -> BatchParams:
+    return BatchParams.of(case.params(), device, [case.temperature] * case.rows)
 
 
 def _why_not_built(case: Case, device: torch.device) -> str:
@@ -49,7 +53,7 @@ def _why_not_built(case: Case, device: torch.device) -> str:
 def eager(case: Case, device: torch.device) -> Call:
     """Prepare em_sampler's eager torch, which passes over memory once for each operation."""
     transform = EagerTransform(case.vocab, device, case.rows)
-    batch_params = BatchParams.of(case.params(), device)
+    batch_params = _batch_params(case, device)
     return lambda logits: transform(logits, batch_params)
 
 
@@ -72,17 +76,26 @@ def released(case: Case, device: torch.device) -> Call:
     return call
 
 
+def transformers(case: Case, device: torch.device) -> Call:
+    """Prepare the logits processor of `transformers`: of the methods that remove tokens it has top_h, nearly."""
+    from transformers.generation.logits_process import TopHLogitsWarper
+
+    process, input_ids = TopHLogitsWarper(TopHParams().alpha), torch.empty(case.rows, 0, dtype=torch.long)
+    return lambda logits: process(input_ids, logits)  # type: ignore[arg-type]
+
+
 IMPLEMENTATIONS: dict[str, Callable[[Case, torch.device], Call]] = {
     "ours": ours,
     "compiled": compiled,
     "eager": eager,
     "released": released,
+    "transformers": transformers,
 }
 
 
 def supports(implementation: str, case: Case) -> bool:
-    """Return whether it has the case's method: `released` has EM-INF alone, `compiled` EM-INF with adam."""
-    supported = {"compiled": ("adam",), "released": ("adam", "sgd")}
+    """Return whether it has the case's method: `released` and `compiled` have EM-INF alone, `transformers` top_h."""
+    supported = {"compiled": ("adam",), "released": ("adam", "sgd"), "transformers": ("top_h",)}
     return implementation not in supported or case.method in supported[implementation]
 
 

@@ -43,6 +43,7 @@ class Result:
     share: float
     origin: str
     method: str
+    temperature: float
     time_us: float = NAN
     time_us_low: float = NAN
     time_us_high: float = NAN

@@ -55,6 +55,12 @@ def log_softmax_cases(base: Case) -> list[tuple[str, Case, float | None]]:
         ("5 steps, 0.2 of the rows active", replace(base, share=0.2), None),
         ("5 steps, sgd", replace(base, method="sgd"), None),
         ("mixed methods", replace(base, method="mixed"), None),
+        ("p_less", replace(base, method="p_less"), 1.0),
+        ("p_less at temperature 0.7", replace(base, method="p_less", temperature=0.7), None),
+        ("top_h", replace(base, method="top_h"), 1.5),
+        ("top_h, float32 origin", replace(base, method="top_h", origin="float32"), None),
+        ("top_n_sigma", replace(base, method="top_n_sigma"), 1.0),
+        ("greedy_below", replace(base, method="greedy_below"), 1.0),
     ]
 
 

@@ -41,6 +41,7 @@ ALPHA, N, P_MAX, WANTS_STATS = Column.ALPHA.value, Column.N.value, Column.P_MAX.
 WORK_ROWS = 7
 VALUE, COUNT, MOVE, EXP, MOMENT1, MOMENT2, P0 = range(WORK_ROWS)
 SCALED = MOVE  # top_h moves nothing; it needs the values over the temperature
+HIGHEST = MOMENT1  # before Adam starts: the highest logit of each BLOCK of the row
 
 BFLOAT16_SHIFT = np.uint32(16)  # a bfloat16 is the upper half of a float32; the upper half is the logit's bin
 BINS = 65_536
@@ -55,9 +56,9 @@ INFINITY_BITS, MINUS_INFINITY_BITS, NAN_BITS = INT(0x7F800000), INT(-0x800000), 
 SUM_BLOCK = 2048  # values summed in float32 before float64 takes over
 MIN_PARALLEL_LOGITS = 2**18  # in a batch; with fewer, waking the threads takes longer than the work
 
-CUT_BLOCK = 64  # logits that are removed together, if none of them is kept
-GATHERED_NATS = (8.0, 13.0)  # top_h looks so far below the peak before it counts the row
-MIN_GATHERED = 1024  # logits; at most this many, or an eighth of the row, are worth to be listed
+BLOCK = 256  # logits that are left out or removed together, if none of them is kept
+GATHERED_NATS = tuple(range(8, 40, 2))  # top_h looks so far below the peak, one after the other
+MIN_GATHERED = 1024  # logits; at most this many, or an eighth of the row, are worth listing
 
 TEMPERATURE_TOLERANCE = 1e-6  # relative
 MAX_TRIALS = 60  # of temperatures; bisection alone needs 24
@@ -162,7 +163,7 @@ def _transform_rows(
         steps[i] = 0
         if p[METHOD] == OFF:
             continue
-        peak, on_grid, usable = _scan(z)
+        peak, on_grid, usable = _scan(z, work[HIGHEST])
         if not usable:
             continue
         if p[WANTS_STATS] or (p[METHOD] == P_LESS and p[TEMPERATURE] == 1):
@@ -192,24 +193,30 @@ def _transform_rows(
             else:
                 lowest = _lowest_kept(z, peak, sums, p)
             if lowest > -np.inf:
-                steps[i], entropies[1, i] = _cut(z, F(peak), F(min(lowest, 0.0)), h)
+                steps[i], entropies[1, i] = _cut(z, F(peak), F(min(lowest, 0.0)), h, work[HIGHEST])
 
 
 @compiled()
-def _scan(z: Floats) -> tuple[float, bool, bool]:
+def _scan(z: Floats, highest: Floats) -> tuple[float, bool, bool]:
     """Return (the maximum, whether bfloat16 can represent every logit, whether the row is usable).
 
     A row with NaN or +inf, or with nothing but -inf, is not usable. All in integers: the compiler may assume that
-    floats are finite.
+    floats are finite. The maximum of each block of BLOCK logits is left in `highest`.
     """
-    bits = z.view(np.int32)
-    low, top, size = INT(0), INT(-(2**31)), INT(0)
-    for k in range(len(bits)):
-        b = bits[k]
-        low |= b
-        top = max(top, INT(b ^ INT(INT(b >> INT(31)) & INT(0x7FFFFFFF))))  # integers in the order of the floats
-        size = max(size, INT(b & INT(0x7FFFFFFF)))
-    top ^= INT(INT(top >> INT(31)) & INT(0x7FFFFFFF))
+    bits, highest_bits = z.view(np.int32), highest.view(np.int32)
+    low, top, bottom, size = INT(0), INT(-(2**31)), INT(2**31 - 1), INT(0)
+    for start in range(0, len(bits), BLOCK):
+        block = bits[start : start + BLOCK]
+        block_top, block_bottom = INT(-(2**31)), INT(2**31 - 1)
+        for k in range(len(block)):
+            b = block[k]
+            low |= b
+            block_top, block_bottom = max(block_top, b), min(block_bottom, b)
+            size = max(size, INT(b & INT(0x7FFFFFFF)))
+        # As integers, negative floats are in descending order.
+        highest_bits[start // BLOCK] = block_top if block_top >= 0 else block_bottom
+        top, bottom = max(top, block_top), min(bottom, block_bottom)
+    top = top if top >= 0 else bottom
     usable = size <= INFINITY_BITS and INT(top & INT(0x7FFFFFFF)) != INFINITY_BITS
     return float(INT(top).view(np.float32)), (low & INT(0xFFFF)) == 0, usable
 
@@ -527,24 +534,18 @@ def _lowest_kept(z: Floats, peak: float, sums: Sums, params: Floats) -> float:
 
 @compiled()
 def _deviation(z: Floats, peak: float) -> float:
-    """Return the standard deviation of the finite logits; infinite if float32 cannot hold their squares."""
-    n = _count_finite(z)
-    mean = _sum_of_powers(z, F(peak), 1) / n
-    return math.sqrt(_sum_of_powers(z, F(peak + mean), 2) / n)
+    """Return the standard deviation of the finite logits.
 
-
-@compiled()
-def _sum_of_powers(z: Floats, origin: Any, power: int) -> float:
-    """Return the sum of (z - origin)^power over the finite logits; power is 1 or 2."""
-    total = 0.0
-    for start in range(0, len(z), SUM_BLOCK):
-        block = z[start : start + SUM_BLOCK]
-        s = F(0)
-        for k in range(len(block)):
-            x = block[k] - origin if block[k] > -np.inf else F(0)
-            s += x * x if power == 2 else x
-        total += s
-    return total
+    In float64, in one pass, around the peak: as it is one of n logits, it lies within sqrt(n) deviations of the mean,
+    and the difference below keeps its digits.
+    """
+    n, total, square = 0.0, 0.0, 0.0
+    for k in range(len(z)):
+        x = float(z[k]) - peak if z[k] > -np.inf else 0.0
+        n += 1.0 if z[k] > -np.inf else 0.0
+        total += x
+        square += x * x
+    return math.sqrt(max(square / n - (total / n) ** 2, 0.0))
 
 
 @compiled()
@@ -556,22 +557,13 @@ def _count_finite(z: Floats) -> int:
 
 
 @compiled()
-def _reaches(block: Floats, peak: Any, lowest: Any) -> bool:
-    """Return whether any logit is at most `lowest` below the peak."""
-    some = INT(0)
-    for k in range(len(block)):
-        some |= INT(block[k] - peak >= lowest)
-    return bool(some != 0)
-
-
-@compiled()
-def _cut(z: Floats, peak: Any, lowest: Any, h: float) -> tuple[int, float]:
+def _cut(z: Floats, peak: Any, lowest: Any, h: float, highest: Floats) -> tuple[int, float]:
     """Remove the logits further below the peak than `lowest`; return (CUT if there were any, else 0; the entropy)."""
     total, mean, cut = 0.0, 0.0, False
-    for start in range(0, len(z), CUT_BLOCK):
-        block = z[start : start + CUT_BLOCK]
-        if not _reaches(block, peak, lowest):
-            cut = cut or _count_finite(block) > 0
+    for start in range(0, len(z), BLOCK):
+        block, top = z[start : start + BLOCK], highest[start // BLOCK]
+        if top - peak < lowest:
+            cut |= top > -np.inf
             block[:] = -np.inf
             continue
         for k in range(len(block)):
@@ -610,8 +602,12 @@ def _top_h(
     limit = params[ALPHA] * _entropy(sums, len(z)) * (1 + ROUNDING)
     for nats in GATHERED_NATS:
         n = _gather(z, F(peak), F(-nats / cold), work)
-        if n and _weigh(work, n, cold) > limit:
+        if n == 0:
+            break
+        if _weigh(work, n, cold) > limit:
             return float(_lowest_of_prefix(work, n, limit))
+        if on_grid:
+            break  # counting the row costs less than another look
     cutoff = -MIN_EXP_ARGUMENT * max(params[TEMPERATURE], F(1))
     n, _ = _fill_histogram(z, peak, on_grid, cutoff, counts, table, work, source)
     return _lowest_of_prefix(work, n, limit) if _weigh(work, n, cold) > limit else -np.inf
@@ -620,17 +616,17 @@ def _top_h(
 @compiled()
 def _gather(z: Floats, peak: Any, lowest: Any, work: Floats) -> int:
     """List the logits down to `lowest` below the peak as the values in `work`; return their number, 0 if too many."""
-    n, most = 0, max(MIN_GATHERED, len(z) // 8)
-    for start in range(0, len(z), CUT_BLOCK):
-        block = z[start : start + CUT_BLOCK]
-        if not _reaches(block, peak, lowest):
+    n, x, most = 0, work[VALUE], max(MIN_GATHERED, len(z) // 8)
+    for start in range(0, len(z), BLOCK):
+        block = z[start : start + BLOCK]
+        if work[HIGHEST, start // BLOCK] - peak < lowest:
             continue
         if n + len(block) > most:
             return 0
-        for k in range(len(block)):
-            if block[k] - peak >= lowest:
-                work[VALUE, n], work[COUNT, n] = block[k] - peak, F(1)
-                n += 1
+        for k in range(len(block)):  # without a branch, which would often be mispredicted
+            x[n] = block[k] - peak
+            n += INT(x[n] >= lowest)
+    work[COUNT, :n] = F(1)
     return n
 
 

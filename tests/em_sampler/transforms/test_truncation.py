@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers.generation.logits_process import TopHLogitsWarper
 
 from em_sampler.params import (
     CUT,
@@ -150,6 +151,42 @@ def test_a_row_with_nan_or_inf_is_left_alone(poison: float, params: TruncationPa
     assert result.entropy_after.isnan().tolist() == [False, True, False]
     for index in (0, 2):
         check(before[index], result, index, params, 1.0)
+
+
+def limits_that_agree(row: Row) -> list[tuple[int, float]]:
+    """Return (number of tokens, alpha) for which top_h as published and as in `transformers` keep so many tokens.
+
+    Both compare a number of each prefix of the sorted tokens with alpha * H, and both numbers rise with the length: the
+    prefix's entropy, renormalised, and its share -sum p log p of the row's entropy. So if alpha * H lies above both
+    numbers of k tokens and below both numbers of k + 1, each definition keeps k tokens. There are two such alphas for
+    each k that has any, at the ends of their range.
+    """
+    p = -np.sort(-reference.softmax(row))
+    shares, total = np.cumsum(-p * np.log(p)), np.cumsum(p)
+    entropies = np.log(total) + shares / total
+    agreed = []
+    for k in range(1, int((p > 1e-4).sum())):
+        low, high = (each(entropies[j], shares[j]) for each, j in ((max, k - 1), (min, k)))
+        ends = low + (high - low) * 0.02, low + (high - low) * 0.98
+        agreed += [(k, float(end / shares[-1])) for end in ends if high > low * 1.01]
+    return agreed
+
+
+@each_implementation
+def test_top_h_keeps_the_tokens_that_transformers_keeps_if_the_definitions_agree(implementation: str) -> None:
+    """`transformers` looks at a hundred tokens: the others have 1e-15 of the probability here, less than rounding."""
+    generator = torch.Generator().manual_seed(7)
+    rows = torch.randn(20, 300, generator=generator) - 45
+    steps = torch.rand(20, 40, generator=generator) * torch.linspace(0.8, 3, 20)[:, None]
+    rows[:, 50:90] = steps - steps.cumsum(-1)  # the highest is 0
+    cases = [(row, *each) for row in rows for each in limits_that_agree(row.double().numpy())]
+    before = torch.stack([row for row, _, _ in cases])
+    after = IMPLEMENTATIONS[implementation](before.clone(), [TopHParams(alpha=alpha) for _, _, alpha in cases]).logits
+    assert len(cases) > 100 and len({k for _, k, _ in cases}) > 4
+    for got, (row, k, alpha) in zip(after, cases, strict=True):
+        theirs = TopHLogitsWarper(alpha)(torch.empty(1, 0, dtype=torch.long), row[None])[0]  # type: ignore[arg-type]
+        assert torch.equal(got, theirs), (k, alpha)
+        assert got.isfinite().sum() == k
 
 
 @each_implementation
