@@ -207,8 +207,8 @@ class StatsRecorder:
                 steps.append(stats)
                 sender.seconds += seconds
                 if found := buffer.take_candidates():
-                    (rows_of, positions, *_), candidates = found
-                    slots.add_candidates(rows_of, positions, candidates)
+                    (slot_of_row, positions, *_), candidates = found
+                    slots.add_candidates(slot_of_row, positions, candidates)
         try:
             if steps:
                 slots.add(np.concatenate(steps, axis=1))
@@ -267,7 +267,7 @@ class StatsSender:
         candidates: Sequence[StructuredArray] = (),
     ) -> None:
         lost = self.lost
-        self.lost += sum(map(len, (*tokens, *totals)))  # until they are sent
+        self.lost += sum(map(len, (*tokens, *totals)))  # until they are sent; a reply shows which candidates it lacks
         with contextlib.suppress(zmq.ZMQError, FileNotFoundError):
             lost_since = dropped + lost - self.reported
             message = pack(socket_name, tokens, totals, self.seconds, lost_since, candidates)

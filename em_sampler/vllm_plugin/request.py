@@ -1,4 +1,4 @@
-"""What one engine request asks of the sampler. Both runners read it here."""
+"""What one engine request asks of the sampler. Both runners and the server read it here."""
 
 import logging
 
@@ -15,15 +15,24 @@ def params_of(sampling_params: SamplingParams) -> Params | None:
 
     A greedy request keeps its token under every method, so it is left alone unless it asks for its entropies.
 
-    Params that cannot be used come only through a front-end that does not call `validate_params`, such as vLLM's in
-    Rust. The worker can no longer refuse them, and an exception here would end the engine for all requests.
+    Raises:
+        ParamsError: if the params cannot be used (a ValueError, so that vLLM answers with HTTP 400).
     """
-    extra_args = sampling_params.extra_args or {}
-    try:
-        params = from_extra_args(extra_args)
-    except ParamsError as error:
-        logger.warning("em_inf: a request is sampled without a method: %s", as_written(error, extra_args))
-        return None
+    params = from_extra_args(sampling_params.extra_args)
     if params and sampling_params.sampling_type == SamplingType.GREEDY:
         return params if params.stats != "none" or params.method == "none" else None
     return params
+
+
+def params_in_worker(sampling_params: SamplingParams) -> Params | None:
+    """Return the same in a worker: params that cannot be used count as none, with a warning.
+
+    They come only through a front-end that does not call `validate_params`, such as vLLM's in Rust. The worker can no
+    longer refuse them, and an exception would end the engine for all requests.
+    """
+    try:
+        return params_of(sampling_params)
+    except ParamsError as error:
+        problem = as_written(error, sampling_params.extra_args or {})
+        logger.warning("em_inf: a request is sampled without a method: %s", problem)
+        return None

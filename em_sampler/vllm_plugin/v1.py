@@ -18,7 +18,7 @@ from em_sampler.stats.aggregator import ReturnAddress
 from em_sampler.stats.candidates import Watch
 from em_sampler.stats.recorder import StatsRecorder
 from em_sampler.transforms.batch import BatchParams
-from em_sampler.vllm_plugin.request import params_of
+from em_sampler.vllm_plugin.request import params_in_worker
 from em_sampler.vllm_plugin.transform import build_transform
 
 
@@ -96,7 +96,7 @@ class V1Processor(LogitsProcessor):
         return logits
 
     def _add(self, row: int, sampling_params: SamplingParams, output_token_ids: list[int]) -> None:
-        params = params_of(sampling_params)
+        params = params_in_worker(sampling_params)
         if params:
             slot = self.free_slots.pop()
             self.active[row] = ActiveRequest(params, sampling_params.temperature, slot, output_token_ids)

@@ -21,7 +21,7 @@ from em_sampler.stats.candidates import Watch
 from em_sampler.stats.recorder import StatsRecorder
 from em_sampler.transforms.batch import BatchParams, Column, host_limits, pack_row, to_device
 from em_sampler.transforms.eager import EagerTransform
-from em_sampler.vllm_plugin.request import params_of
+from em_sampler.vllm_plugin.request import params_in_worker
 from em_sampler.vllm_plugin.transform import build_transform
 
 
@@ -50,7 +50,7 @@ class V2Processor(LogitsProcessor):
 
     def add_request(self, req_idx: int, sampling_params: SamplingParams) -> bool:
         """Assign slot `req_idx` to a request; return whether it has a method."""
-        params = self.params[req_idx] = params_of(sampling_params)
+        params = self.params[req_idx] = params_in_worker(sampling_params)
         self.recorder.assign(req_idx, ReturnAddress.from_extra_args(sampling_params.extra_args) if params else None)
         self.has_method[req_idx] = params is not None
         self.top[req_idx] = params.top if params else 0

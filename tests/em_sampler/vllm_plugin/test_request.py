@@ -7,7 +7,8 @@ from vllm import SamplingParams
 
 from em_sampler import EMInfParams, MeasureParams
 from em_sampler.params import Params
-from em_sampler.vllm_plugin.request import params_of
+from em_sampler.validation import ParamsError
+from em_sampler.vllm_plugin.request import params_in_worker, params_of
 
 
 @pytest.mark.parametrize(
@@ -40,5 +41,10 @@ def test_params_that_nobody_has_validated_count_as_none(
     extra_args: dict[str, Any], problem: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     """An exception would end the engine."""
-    assert params_of(SamplingParams(extra_args=extra_args)) is None
+    params = SamplingParams(extra_args=extra_args)
+    assert params_in_worker(params) is None
     assert f"sampled without a method: {problem}" in caplog.text
+    caplog.clear()
+    with pytest.raises(ParamsError):  # the server's side refuses the request, and says nothing of sampling
+        params_of(params)
+    assert not caplog.text
