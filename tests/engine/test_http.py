@@ -236,7 +236,7 @@ def test_clients_can_ask_what_the_server_supports(v1: Server) -> None:
     assert supported["methods"]["em_inf"]["threshold"]["maximum"] == 20
     assert supported["methods"]["em_inf"]["steps"]["default"] == 5
     assert supported["methods"]["adaptive_temperature"]["ratio"]["default"] == 0.5
-    assert set(supported["methods"]["none"]) == {"method", "stats"}
+    assert set(supported["methods"]["none"]) == {"method", "stats", "top"}
     assert (supported["methods"]["top_h"]["alpha"]["maximum"], supported["methods"]["top_n_sigma"]["n"]["default"]) == (
         1,
         1,

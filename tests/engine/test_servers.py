@@ -70,7 +70,7 @@ class TestTwoMachines:
             with pytest.raises(openai.BadRequestError, match=r"got 8; this server allows an integer from 0 up to 7"):
                 complete(two_machines, extra_body={"em_inf": {"steps": 8}})
         supported = two_machines.http.get("/v1/em_inf").json()
-        assert supported["default"] == CAPPED | {"method": "em_inf", "optimizer": "adam", "stats": "none"}
+        assert supported["default"] == CAPPED | {"method": "em_inf", "optimizer": "adam", "stats": "none", "top": 0}
         assert supported["methods"]["em_inf"]["steps"]["maximum"] == 7
         assert supported["transforms"] == [{"transform": "numba_cpu", "device": "cpu"}]
         info = 'em_inf_transform_info{device="cpu",model="demo",transform="numba_cpu"} 1.0'
