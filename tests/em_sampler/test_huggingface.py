@@ -9,8 +9,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LogitsProcessorList
 
 import demo
-from em_sampler import AdaptiveTemperatureParams, EMInfParams
+from em_sampler import EMInfParams
 from em_sampler.huggingface import EntropyMinimizer
+from em_sampler.params import METHODS
 from em_sampler.transforms.batch import BatchParams
 from em_sampler.transforms.numba_cpu import NumbaTransform
 
@@ -71,13 +72,15 @@ def test_beam_search_gets_log_probabilities(model, prompt) -> None:  # type: ign
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("params", [EMInfParams(), AdaptiveTemperatureParams()])
+@pytest.mark.parametrize("params", [method() for method in METHODS.values()], ids=list(METHODS))
 def test_scores_are_the_log_probabilities_of_the_transform(params, dtype: torch.dtype) -> None:  # type: ignore[no-untyped-def]
     scores = (torch.randn(4, 300, generator=torch.Generator().manual_seed(1)) * 2).to(dtype)
     kept = scores.clone()
-    processor = EntropyMinimizer(params)
+    processor = EntropyMinimizer(params, temperature=0.7)
     out = processor(torch.zeros(4, 1, dtype=torch.long), scores)
-    wanted = NumbaTransform(300)(kept.to(torch.float32, copy=True), BatchParams.of([params] * 4))
+    wanted = NumbaTransform(300)(
+        kept.to(torch.float32, copy=True), BatchParams.of([params] * 4, temperatures=[0.7] * 4)
+    )
     assert torch.equal(out, wanted.logits.log_softmax(-1).to(dtype))
     assert out.dtype == dtype
     assert torch.equal(scores, kept)
