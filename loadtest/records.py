@@ -28,8 +28,9 @@ from loadtest.tasks.base import Question
 
 RUN, REQUESTS, UNFINISHED = "run.jsonl", "requests.jsonl", "unfinished.jsonl"
 DELAY_QUANTILES = 101  # 0 % to 100 %: a closed load has 100 delays a second, and their p99 must stay exact
-# Kinds of errors by which a server that ended, or a proxy before it, shows that it is gone.
-GONE = {"connection", "broke off", "error in the stream", "HTTP 502", "HTTP 503", "HTTP 504"}
+# Kinds of errors by which a server that ended, or a proxy before it, shows that it is gone. vLLM answers with 500 from
+# when its engine has died until its process ends.
+GONE = {"connection", "broke off", "error in the stream", "HTTP 500", "HTTP 502", "HTTP 503", "HTTP 504"}
 
 StageKey = tuple[str, str, int]  # config, load, repetition
 Existing = Literal["refuse", "resume", "restart"]  # what to do if there are records of an unfinished run

@@ -211,13 +211,19 @@ def test_a_process_that_is_killed_has_lost_nothing_that_had_ended(tmp_path: Path
     assert not (out / UNFINISHED).exists()
 
 
-def test_questions_for_which_the_server_was_gone_are_asked_again(tmp_path: Path) -> None:
-    """In stages that ended too: a run goes on without its server, and all that follows fails at once."""
+@pytest.mark.parametrize(("how", "status"), [({"reset": 0.5}, "incomplete"), ({"refused": 0.5}, "failed")])
+def test_questions_for_which_the_server_was_gone_are_asked_again(
+    how: dict[str, float], status: str, tmp_path: Path
+) -> None:
+    """In stages that ended too: a run goes on without its server, and all that follows fails at once.
+
+    Connections break, or a server answers with 500 because its engine has died.
+    """
     with serve(tokens=3) as good:
         run(good, tmp_path / "whole")
-        with serve(tokens=3, reset=0.5) as bad:
+        with serve(tokens=3, **how) as bad:
             stages = run(bad, tmp_path / "bad")
-            assert {question.status for one in stages for question in one.questions} == {"ok", "incomplete"}
+            assert {question.status for one in stages for question in one.questions} == {"ok", status}
             run(good, tmp_path / "bad", "resume", kill_after=1)
         resumed = run(good, tmp_path / "bad", "resume")
     assert {question.status for one in resumed for question in one.questions} == {"ok"}
@@ -225,7 +231,7 @@ def test_questions_for_which_the_server_was_gone_are_asked_again(tmp_path: Path)
 
 
 def test_a_question_that_the_server_refused_is_not_asked_again(tmp_path: Path) -> None:
-    with serve(refused=0.5) as served:
+    with serve(refused=0.5, status=429) as served:
         run(served, tmp_path)
         before = Counting.sent
         run(served, tmp_path, "resume")
