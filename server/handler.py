@@ -186,7 +186,13 @@ def _continuous_usage(request: Any, raw_request: Request) -> bool:
 def _token_texts(raw_request: Request) -> TokenTexts | None:
     """Return what gives the text of each token id, as `logprobs` has it; None without a tokenizer."""
     tokenizer = raw_request.app.state.openai_serving_chat.renderer.tokenizer
-    return partial(convert_ids_list_to_tokens, tokenizer) if tokenizer else None
+    return partial(token_texts, tokenizer) if tokenizer else None
+
+
+def token_texts(tokenizer: Any, token_ids: list[int]) -> dict[int, str]:
+    """Return the texts of those ids that the tokenizer has: a model may have more, and a worker may send any."""
+    known = [token_id for token_id in token_ids if token_id < len(tokenizer)]
+    return dict(zip(known, convert_ids_list_to_tokens(tokenizer, known), strict=True))
 
 
 def _finish(metrics: Metrics, params: Params | None, run: StrategyRun | None, outcome: str) -> None:

@@ -40,7 +40,7 @@ POLL_INTERVAL_S = 0.1  # how often the socket is read while requests are in flig
 MAX_FRAMES_PER_TURN = 32  # of the event loop; about 30 ms if each is as large as can be
 
 TokenStats = tuple[float, float, float, int]  # entropy before and after, varentropy, steps: as in VALUES_DTYPE
-TokenTexts = Callable[[list[int]], list[str]]  # the text of each token id
+TokenTexts = Callable[[list[int]], Mapping[int, str]]  # the text of each token id that the tokenizer knows
 
 
 class ChoiceStats:
@@ -292,7 +292,7 @@ def _per_token(parts: Sequence[ChoiceStats], top: int, texts: TokenTexts | None)
     if top:
         rows = [part.candidates.get(i) for part in parts for i in range(part.tokens)]
         ids = list({token_id for row in rows if row is not None for token_id in row["id"][:top].tolist()})
-        text_of = dict(zip(ids, texts(ids), strict=True)) if texts else {}
+        text_of = texts(ids) if texts else {}
         for token, row in zip(tokens, rows, strict=True):
             if token:
                 token["top"] = _candidates(row, top, text_of)

@@ -11,11 +11,16 @@ from fastapi import FastAPI, Request
 from prometheus_client import CollectorRegistry
 from pydantic import BaseModel
 from starlette.responses import JSONResponse, Response
+from tokenizers import Tokenizer, decoders
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Metaspace
+from transformers import PreTrainedTokenizerFast
 from vllm.exceptions import VLLMClientError, VLLMValidationError
+from vllm.tokenizers.detokenizer_utils import convert_ids_list_to_tokens
 
 from server.admission import BranchLimit
 from server.engine import request_stats_var, strategy_run_var
-from server.handler import with_em_inf
+from server.handler import token_texts, with_em_inf
 from server.protocol import Settings, with_our_fields
 from server.stats.collector import RequestStats
 from server.stats.metrics import Metrics
@@ -312,3 +317,15 @@ def test_fastapi_reads_our_fields_from_the_handlers_signature(route: str, ours: 
     assert post["requestBody"]["content"]["application/json"]["schema"]["$ref"].endswith("/EMInfChatCompletionRequest")
     properties = schema["components"]["schemas"]["EMInfChatCompletionRequest"]["properties"]
     assert set(properties) == set(ChatCompletionRequest.model_fields) | ours
+
+
+def test_ids_that_the_tokenizer_lacks_have_no_text() -> None:
+    """A model may have more words than its tokenizer, and a worker's message any id: no reply may fail for it."""
+    words = Tokenizer(WordLevel({"\u2581one": 0, "two": 1}, unk_token="two"))
+    words.pre_tokenizer = Metaspace()  # as of Llama and Mistral: their words are looked up
+    words.decoder = decoders.Metaspace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words)
+    with pytest.raises(TypeError):
+        convert_ids_list_to_tokens(tokenizer, [2])
+    assert token_texts(tokenizer, [2**32 - 1, 0, 2, 1]) == {0: " one", 1: "two"}
+    assert token_texts(tokenizer, []) == {}

@@ -441,7 +441,7 @@ def test_a_summary_of_every_token_has_the_candidates_that_were_asked_for() -> No
     choice = finalized(3, dict.fromkeys((0, 1), (1.0, 0.5, 0.0, 1)))
     found = [(7, 0.12345678, 1.0000001), (3, 0.1, 0.0), (9, 1e-9, 0.0)]
     choice.candidates = {0: candidate_rows((0, 0, 0, found))[0]}  # of token 1, they were lost
-    first, second, third = summarize(0, [choice], True, 2, lambda ids: [f"<{i}>" for i in ids])["per_token"]
+    first, second, third = summarize(0, [choice], True, 2, lambda ids: {i: f"<{i}>" for i in ids})["per_token"]
     assert first["top"] == [
         {"id": 7, "token": "<7>", "before": 0.123457, "after": 1.0},
         {"id": 3, "token": "<3>", "before": 0.1, "after": 0.0},
